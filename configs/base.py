@@ -1,0 +1,29 @@
+"""Base language model for the `:tiny` variants, from scratch; larger variants start from a pretrained checkpoint instead.
+
+    python train.py --config configs/base.py:tiny --workdir runs/base
+    python train.py --config configs/base.py:tiny_student --workdir runs/base_student --task.model.tokenizer runs/base/model
+
+Hardware: 2 CPU cores, about a minute each.
+"""
+
+from jaxsearch.config import OptimizerConfig, TrainConfig, pick
+from jaxsearch.tasks.base import ModelConfig
+from jaxsearch.tasks.defaults import tiny_data, tiny_prompt
+from jaxsearch.tasks.language_model import LanguageModelConfig
+
+
+def _tiny(preset: str, steps: int) -> TrainConfig:
+    return TrainConfig(
+        name="base",
+        task=LanguageModelConfig(data=tiny_data(), model=ModelConfig(preset), prompt=tiny_prompt("ranker")),
+        steps=steps,
+        batch_size=32,
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30, b2=0.98),
+    )
+
+
+def get_config(variant: str) -> TrainConfig:
+    """Variants: tiny (teacher size), tiny_student."""
+    return pick(
+        variant, {"tiny": lambda: _tiny("tiny", 300), "tiny_student": lambda: _tiny("tiny_student", 300)}
+    )

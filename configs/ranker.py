@@ -1,0 +1,48 @@
+"""The ranker (paper section 4): one student of the relevance and the engagement teacher, whose scores are read from stores.
+
+    python train.py --config configs/ranker.py:tiny --workdir runs/ranker --task.model.init-from runs/retriever/model \
+        --task.relevance-scores runs/relevance_scores --task.engagement-scores runs/engagement_scores
+
+Hardware: tiny 2 CPU cores; qwen3_0_6b a TPU or GPU slice.
+"""
+
+from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
+from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.tasks.base import ModelConfig
+from jaxsearch.tasks.defaults import SERVED, full_data, tiny_data, tiny_prompt
+from jaxsearch.tasks.ranker import RankerConfig
+
+
+def _tiny() -> TrainConfig:
+    return TrainConfig(
+        name="ranker",
+        task=RankerConfig(
+            data=tiny_data(),
+            model=ModelConfig("tiny_student"),
+            prompt=tiny_prompt("ranker", SERVED),
+            candidates=16,
+        ),
+        steps=400,
+        batch_size=24,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, b2=0.98),
+    )
+
+
+def _qwen3() -> TrainConfig:
+    return TrainConfig(
+        name="ranker",
+        task=RankerConfig(
+            data=full_data(),
+            model=ModelConfig("qwen3_0_6b", compute_dtype="bfloat16", remat="full"),
+            prompt=PromptConfig("ranker", chat="qwen3", features=SERVED),
+        ),
+        steps=4_000,
+        batch_size=128,
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
+        mesh=MeshConfig(fsdp=-1),
+    )
+
+
+def get_config(variant: str) -> TrainConfig:
+    """Variants: tiny, qwen3_0_6b."""
+    return pick(variant, {"tiny": _tiny, "qwen3_0_6b": _qwen3})

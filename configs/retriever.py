@@ -1,0 +1,50 @@
+"""The retriever (paper section 3): a bi-encoder, InfoNCE with in-batch negatives and margins on graded pairs.
+
+    python train.py --config configs/retriever.py:tiny --workdir runs/retriever \
+        --task.model.init-from runs/base_student/model --task.labels runs/judge_labels
+    python train.py --config configs/retriever.py:qwen3_0_6b --workdir runs/retriever --task.model.init-from QWEN3_EMBEDDING_FOLDER
+
+Hardware: tiny 2 CPU cores; qwen3_0_6b any TPU or GPU slice.
+"""
+
+from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
+from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.tasks.base import ModelConfig
+from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_prompt
+from jaxsearch.tasks.retriever import RetrieverConfig
+
+
+def _tiny() -> TrainConfig:
+    return TrainConfig(
+        name="retriever",
+        task=RetrieverConfig(
+            data=tiny_data(),
+            model=ModelConfig("tiny_student"),
+            query_prompt=tiny_prompt("query"),
+            document_prompt=tiny_prompt("document"),
+        ),
+        steps=300,
+        batch_size=64,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, b2=0.98),
+    )
+
+
+def _qwen3() -> TrainConfig:
+    return TrainConfig(
+        name="retriever",
+        task=RetrieverConfig(
+            data=full_data(),
+            model=ModelConfig("qwen3_0_6b", compute_dtype="bfloat16", remat="full"),
+            query_prompt=PromptConfig("query", chat="qwen3"),
+            document_prompt=PromptConfig("document", chat="qwen3"),
+        ),
+        steps=2_000,
+        batch_size=256,
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
+        mesh=MeshConfig(fsdp=-1),
+    )
+
+
+def get_config(variant: str) -> TrainConfig:
+    """Variants: tiny, qwen3_0_6b."""
+    return pick(variant, {"tiny": _tiny, "qwen3_0_6b": _qwen3})

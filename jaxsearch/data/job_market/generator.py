@@ -1,0 +1,379 @@
+"""A seeded, deterministic job market: postings, searches, policy grades and impressions, generated from facts and templates.
+
+Everything follows from (`VERSION`, variant, seed): two machines make the same bytes. A change to what is generated needs a new
+`VERSION`, which is part of every data set's name, because models and figures made on one version say nothing of another.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+
+from jaxsearch.data.facts import Occupation, occupations
+from jaxsearch.data.job_market import policy, templates
+from jaxsearch.data.records import Document, Impression, Judgment, Query
+
+VERSION = "v1"
+PAGE = 10
+"""Results on one search page, all of which become impressions."""
+_ASKED_LEVELS = (2, 1, 1, 2)
+"""Odds of the seniority asked for. With the policy's deductions every level of a posting then loses the same on average, and with cities
+and workplace types asked for evenly a posting by itself says nothing about its grade."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Market:
+    """The size of one variant."""
+
+    occupations: int
+    titles: int
+    """Titles in use per occupation."""
+    postings: int
+    searches: int
+    cities: int
+    companies: int
+    description: tuple[int, int]
+    """Fewest and most words (punctuation counts as words) of a description."""
+    judged: int = 16
+    """Graded postings per training search."""
+    seed: int = 0
+
+
+VARIANTS = {
+    "tiny": Market(72, 8, 1_200, 5_600, 8, 40, (0, 0)),
+    "default": Market(300, 16, 4_000, 8_000, 24, 200, (90, 700)),
+    "long": Market(120, 12, 1_500, 4_000, 16, 100, (900, 1_200)),
+}
+
+
+def _pick(rng: random.Random, items: Sequence[T]) -> T:
+    """One item; only `random()` is used, whose stream Python promises to keep."""
+    return items[int(rng.random() * len(items))]
+
+
+def _sample(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
+    """`count` different items (or all), in random order."""
+    return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))[:count]]
+
+
+def _weighted(rng: random.Random, weights: Sequence[float]) -> int:
+    threshold = rng.random() * sum(weights)
+    for index, weight in enumerate(weights):
+        threshold -= weight
+        if threshold < 0:
+            return index
+    return len(weights) - 1
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@dataclass(frozen=True)
+class _Posting:
+    occupation: int
+    level: int
+    city: int
+    workplace: int
+    company: int
+    skills: tuple[str, ...]
+    salary: int
+    """Yearly pay offered, in thousands."""
+    age_days: int
+
+
+@dataclass(frozen=True)
+class _Search:
+    need: policy.Need
+    wanted_salary: int
+    headline: str
+    home: int
+
+
+class JobMarket:
+    """One generated market. Tables are made on first use and kept."""
+
+    def __init__(self, variant: str):
+        if variant not in VARIANTS:
+            raise ValueError(f"job_market variant is {variant!r}: use one of {', '.join(VARIANTS)}")
+        self.variant = variant
+        self.market = VARIANTS[variant]
+        self.cities = templates.CITIES[: self.market.cities]
+        rng = self._rng("companies", 0)
+        self.companies = templates.company_names(self.market.companies, rng.random)
+        self._popularity = [rng.gauss(0.0, 1.0) for _ in self.companies]
+        """Standard normal a company: what searchers like about it that no grade knows."""
+        self._company_ctr = []
+        for liked in self._popularity:
+            shown = 60 + int(rng.random() * 240)
+            clicked = sum(rng.random() < _sigmoid(-1.4 + 0.8 * liked) for _ in range(shown))
+            self._company_ctr.append((clicked + 4) / (shown + 20))
+
+    def _rng(self, kind: str, index: int) -> random.Random:
+        return random.Random(f"{VERSION}/{self.variant}/{self.market.seed}/{kind}/{index}")
+
+    # --- the world -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def occupations(self) -> tuple[Occupation, ...]:
+        """Occupations in use: some far apart, each with its nearest relations, so that every tier occurs."""
+        known = {o.code: o for o in occupations() if len(o.alternate_titles) >= self.market.titles}
+        codes = sorted(known)
+        seeds = max(self.market.occupations // 9, 1)
+        chosen = dict.fromkeys(codes[(2 * i + 1) * len(codes) // (2 * seeds)] for i in range(seeds))
+        for tier in range(3):
+            for code in list(chosen):
+                for near in known[code].related[tier]:
+                    if near in known and len(chosen) < self.market.occupations:
+                        chosen[near] = None
+        return tuple(known[code] for code in chosen)
+
+    @cached_property
+    def titles(self) -> tuple[tuple[str, ...], ...]:
+        """Titles in use for each occupation."""
+        return tuple(
+            tuple(_sample(self._rng("titles", i), occupation.alternate_titles, self.market.titles))
+            for i, occupation in enumerate(self.occupations)
+        )
+
+    @cached_property
+    def tiers(self) -> np.ndarray:
+        """int [O, O]: `tiers[asked, offered]` is the policy's title grade."""
+        index = {occupation.code: i for i, occupation in enumerate(self.occupations)}
+        result = np.zeros((len(index), len(index)), np.int64)
+        for i, occupation in enumerate(self.occupations):
+            for tier, codes in reversed(list(enumerate(occupation.related))):
+                for code in codes:
+                    if code in index:
+                        result[i, index[code]] = policy.TITLE_GRADES[tier + 1]
+            result[i, i] = policy.TITLE_GRADES[0]
+        return result
+
+    @cached_property
+    def _postings(self) -> list[_Posting]:
+        return [self._make_posting(i) for i in range(self.market.postings)]
+
+    def _make_posting(self, index: int) -> _Posting:
+        rng = self._rng("posting", index)
+        occupation = index % len(self.occupations)
+        level = _weighted(rng, (0.25, 0.25, 0.25, 0.25))
+        base = 40 + 60 * self._rng("pay", occupation).random()
+        return _Posting(
+            occupation=occupation,
+            level=level,
+            city=int(rng.random() * len(self.cities)),
+            workplace=_weighted(rng, (1, 1, 1)),
+            company=int(rng.random() * len(self.companies)),
+            skills=tuple(_sample(rng, self.occupations[occupation].technologies[:8], 3)),
+            salary=int(base * (0.75, 1.0, 1.3, 1.6)[level] * (0.85 + 0.3 * rng.random())),
+            age_days=int(30 * rng.random() ** 2),
+        )
+
+    @cached_property
+    def _columns(self) -> policy.Postings:
+        return policy.Postings(
+            occupation=np.array([p.occupation for p in self._postings]),
+            level=np.array([p.level for p in self._postings]),
+            city=np.array([p.city for p in self._postings]),
+            workplace=np.array([p.workplace for p in self._postings]),
+            skills=tuple(frozenset(p.skills) for p in self._postings),
+        )
+
+    # --- documents -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """Every posting."""
+        return [self._document(i, posting) for i, posting in enumerate(self._postings)]
+
+    def _document(self, index: int, posting: _Posting) -> Document:
+        rng = self._rng("text", index)
+        level, workplace = policy.LEVELS[posting.level], policy.WORKPLACES[posting.workplace]
+        name = _pick(rng, self.titles[posting.occupation])
+        city, company = self.cities[posting.city], self.companies[posting.company]
+        fewest, most = self.market.description
+        fields = {
+            "title": templates.with_level(name, level),
+            "company": company,
+            "location": f"{city}, {workplace}",
+            "skills": ", ".join(posting.skills),
+            "pay": f"{posting.salary}k",
+        }
+        description = templates.description(
+            fewest + int(rng.random() * (most - fewest)),
+            rng.random,
+            {"title": name, "company": company, "city": city, "skills": posting.skills},
+        )
+        if description:
+            fields["description"] = description
+        return Document(
+            id=f"p{index:05d}",
+            fields=fields,
+            attributes={"company": company, "city": city, "workplace": workplace, "seniority": level},
+            numeric={
+                "salary": float(posting.salary),
+                "age_days": float(posting.age_days),
+                "company_ctr": round(self._company_ctr[posting.company], 4),
+            },
+        )
+
+    # --- searches ------------------------------------------------------------------------------------------------
+
+    def _split(self, index: int) -> str:
+        draw = self._rng("split", index).random()
+        return "train" if draw < 0.8 else "dev" if draw < 0.86 else "test"
+
+    @cached_property
+    def _searches(self) -> list[_Search]:
+        return [self._make_search(i) for i in range(self.market.searches)]
+
+    def _make_search(self, index: int) -> _Search:
+        rng = self._rng("search", index)
+        target = int(rng.random() * len(self.occupations))
+        place = _weighted(rng, (0.45, 0.25, 0.3))
+        home = int(rng.random() * len(self.cities))
+        need = policy.Need(
+            occupation=target,
+            level=_weighted(rng, _ASKED_LEVELS) if rng.random() < 0.4 else None,
+            city=home if place == 1 else None,
+            workplace=_weighted(rng, (1, 1, 1)) if place == 2 else None,
+            skill=_pick(rng, self.occupations[target].technologies[:8]) if rng.random() < 0.25 else None,
+        )
+        base = 40 + 60 * self._rng("pay", target).random()
+        wanted = int(base * (0.7 + 0.6 * rng.random()) * (1.3 if need.level in (2, 3) else 1.0))
+        related = np.flatnonzero(self.tiers[target] >= 2)
+        held = target if rng.random() < 0.5 else int(_pick(rng, related))
+        return _Search(need, wanted, _pick(rng, self.titles[held]), home)
+
+    @cached_property
+    def queries(self) -> dict[str, list[Query]]:
+        """Searches by split (train 80%, dev 6%, test 14%, by a hash of the number)."""
+        result: dict[str, list[Query]] = {"train": [], "dev": [], "test": []}
+        for index, search in enumerate(self._searches):
+            result[self._split(index)].append(self._query(index, search))
+        return result
+
+    def _query(self, index: int, search: _Search) -> Query:
+        rng = self._rng("query", index)
+        need = search.need
+        text = templates.search_text(
+            _pick(rng, self.titles[need.occupation]),
+            level=None if need.level is None else policy.LEVELS[need.level],
+            city=None if need.city is None else self.cities[need.city],
+            workplace=None if need.workplace is None else policy.WORKPLACES[need.workplace],
+            skill=need.skill,
+            draw=rng.random,
+        )
+        return Query(
+            id=f"s{index:05d}",
+            text=text,
+            searcher={
+                "headline": search.headline,
+                "location": self.cities[search.home],
+                "wanted_salary": str(search.wanted_salary),
+            },
+        )
+
+    # --- grades --------------------------------------------------------------------------------------------------
+
+    def grade_row(self, index: int) -> np.ndarray:
+        """int [M]: the policy grade of every posting for search `index`."""
+        return policy.grades(policy.components(self._searches[index].need, self._columns, self.tiers))
+
+    def judgments(self, split: str) -> dict[str, list[Judgment]]:
+        """Graded pairs by search. Training searches: a stratified sample with reasons. Dev and test: every posting above grade 0."""
+        choose: Callable[[int, np.ndarray], list[int]]
+        choose = self._sampled if split == "train" else lambda _, row: list(np.flatnonzero(row))
+        result = {}
+        for query in self.queries[split]:
+            index = int(query.id[1:])
+            parts = policy.components(self._searches[index].need, self._columns, self.tiers)
+            row = policy.grades(parts)
+            result[query.id] = [
+                Judgment(
+                    query.id,
+                    f"p{m:05d}",
+                    int(row[m]),
+                    policy.rationale(
+                        self._searches[index].need, {name: int(part[m]) for name, part in parts.items()}
+                    ),
+                )
+                for m in choose(index, row)
+            ]
+        return result
+
+    def _sampled(self, index: int, row: np.ndarray) -> list[int]:
+        """Postings worth a grade: some above 2, some of the same or related work at or below 2, the rest of other work.
+
+        The rest is drawn around another occupation in the way in which the others are drawn around this one, so that no posting is more
+        often a good answer than a bad one.
+        """
+        rng, part = self._rng("judged", index), self.market.judged // 4
+        offered = self._columns.occupation
+        title = self.tiers[self._searches[index].need.occupation, offered]
+        good, spoiled = np.flatnonzero(row > 2).tolist(), np.flatnonzero((title > 2) & (row <= 2)).tolist()
+        chosen = dict.fromkeys(_sample(rng, good, part) + _sample(rng, spoiled, part))
+        related = np.flatnonzero((title > 0) & (title <= 2)).tolist()
+        chosen |= dict.fromkeys(_sample(rng, related, part))
+        while len(chosen) < self.market.judged:
+            elsewhere = np.flatnonzero(self.tiers[int(rng.random() * len(self.occupations)), offered] > 2)
+            other = int(_pick(rng, elsewhere))
+            if title[other] == 0:
+                chosen[other] = None
+        return list(chosen)
+
+    # --- impressions ---------------------------------------------------------------------------------------------
+
+    def impressions(self, split: str) -> dict[str, list[Impression]]:
+        """One page of results per search, with what the searcher did."""
+        return {query.id: self._page(query.id, int(query.id[1:])) for query in self.queries[split]}
+
+    def _page(self, query_id: str, index: int) -> list[Impression]:
+        """A page as an older ranker would have filled it: on the right track, noisy, fond of popular companies."""
+        rng = self._rng("page", index)
+        row, search = self.grade_row(index), self._searches[index]
+        title = self.tiers[search.need.occupation, self._columns.occupation]
+        pool = _sample(rng, np.flatnonzero(title > 0).tolist(), 40)
+        pool += [m for m in _sample(rng, range(len(row)), 20) if title[m] == 0]
+
+        def logged(m: int) -> float:
+            return 0.35 * row[m] + 0.3 * self._popularity[self._postings[m].company] + rng.gauss(0.0, 0.8)
+
+        page = [m for _, m in sorted(((logged(m), m) for m in pool), reverse=True)[:PAGE]]
+        day = 1 + int(rng.random() * 28)
+        stamp = f"2026-06-{day:02d}T{int(rng.random() * 24):02d}:{int(rng.random() * 60):02d}:00Z"
+        return [
+            Impression(
+                query_id, f"p{m:05d}", position, self._actions(rng, search, m, int(row[m]), position), stamp
+            )
+            for position, m in enumerate(page, start=1)
+        ]
+
+    def _actions(
+        self, rng: random.Random, search: _Search, m: int, grade: int, position: int
+    ) -> dict[str, bool | None]:
+        """Position-biased click model: looked at, then liked (grade and what grades do not know), then acted on."""
+        posting = self._postings[m]
+        liked = self._popularity[posting.company]
+        pays = posting.salary >= search.wanted_salary
+        fresh = math.exp(-posting.age_days / 7)
+        looked = rng.random() < position**-0.4
+        click = looked and rng.random() < _sigmoid(
+            -2.9 + 0.7 * grade + 1.1 * liked + 0.9 * pays + 0.9 * fresh
+        )
+        apply = click and rng.random() < _sigmoid(-2.6 + 0.5 * grade + 1.4 * pays + 0.4 * liked)
+        shortlist = click and rng.random() < _sigmoid(-2.6 + 0.4 * grade + 0.6 * liked)
+        dismiss = looked and not click and rng.random() < _sigmoid(-1.2 - 0.8 * grade - 0.4 * liked)
+        bad_fit = (rng.random() < _sigmoid(0.2 - 0.9 * grade - 0.8 * pays)) if click else None
+        return {
+            "click": click,
+            "apply": apply,
+            "dismiss": dismiss,
+            "bad_fit": bad_fit,
+            "shortlist": shortlist,
+        }

@@ -1,0 +1,104 @@
+"""`job_market` in memory: builds the tables where they are missing, reads them through TFDS, checks every record."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxsearch.data.job_market.generator import VERSION
+from jaxsearch.data.job_market.job_market_dataset_builder import (
+    ATTRIBUTES,
+    DOCUMENT_FIELDS,
+    DOCUMENT_SPLIT,
+    NOT_ELIGIBLE,
+    NUMERIC,
+    SEARCHER,
+    SPLITS,
+    TABLES,
+    Builder,
+)
+from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Query, unique_ids
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The whole data set as plain records."""
+
+    documents: list[Document]
+    """By id."""
+    queries: Mapping[str, list[Query]]
+    """By split (train, dev, test), each by id."""
+    judgments: Mapping[str, list[Judgment]]
+    """Query id -> graded postings: a sample for training queries, all above grade 0 for the others."""
+    impressions: Mapping[str, list[Impression]]
+    """Query id -> one page of results."""
+
+
+def load_tables(variant: str, data_dir: str | Path | None = None) -> Tables:
+    """Reads `job_market` from `data_dir` (default: TFDS's own), after building there what is missing.
+
+    Raises:
+      ValueError: no such variant.
+    """
+    builders = {
+        table: Builder(config=f"{variant}_{VERSION}_{table}", data_dir=data_dir, file_format="array_record")
+        for table in TABLES
+    }
+    for builder in builders.values():
+        if not builder.is_prepared():
+            builder.download_and_prepare()
+    read = {table: builder.as_data_source() for table, builder in builders.items()}
+    documents = sorted(map(_document, read["documents"][DOCUMENT_SPLIT]), key=lambda item: item.id)
+    queries = {
+        split: sorted(map(_query, read["queries"][split]), key=lambda item: item.id) for split in SPLITS
+    }
+    judgments = {
+        row["query_id"].decode(): _judgments(row) for split in SPLITS for row in read["judgments"][split]
+    }
+    pages = {row["query_id"].decode(): _page(row) for split in SPLITS for row in read["impressions"][split]}
+    every_query = [query for split in SPLITS for query in queries[split]]
+    for record in (*documents, *every_query):
+        record.validate()
+    unique_ids(documents)
+    unique_ids(every_query)
+    return Tables(documents, queries, judgments, pages)
+
+
+def _texts(row: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> dict[str, str]:
+    return {name: text for name in names if (text := row[prefix + name].decode())}
+
+
+def _document(row: Mapping[str, Any]) -> Document:
+    return Document(
+        row["id"].decode(),
+        _texts(row, DOCUMENT_FIELDS),
+        attributes=_texts(row, ATTRIBUTES, "attribute_"),
+        numeric={name: round(float(row[name]), 4) for name in NUMERIC},
+    )
+
+
+def _query(row: Mapping[str, Any]) -> Query:
+    return Query(row["id"].decode(), row["text"].decode(), searcher=_texts(row, SEARCHER, "searcher_"))
+
+
+def _judgments(row: Mapping[str, Any]) -> list[Judgment]:
+    query_id = row["query_id"].decode()
+    return [
+        Judgment(query_id, document.decode(), int(grade), reason.decode())
+        for document, grade, reason in zip(row["document_ids"], row["grades"], row["rationales"], strict=True)
+    ]
+
+
+def _page(row: Mapping[str, Any]) -> list[Impression]:
+    query_id, shown_at = row["query_id"].decode(), row["shown_at"].decode()
+    stored = {name: row[name] for name in ACTIONS["jobs"]}
+    return [
+        Impression(
+            query_id,
+            document.decode(),
+            int(position),
+            {name: None if values[i] == NOT_ELIGIBLE else bool(values[i]) for name, values in stored.items()},
+            shown_at,
+        )
+        for i, (document, position) in enumerate(zip(row["document_ids"], row["positions"], strict=True))
+    ]

@@ -1,0 +1,271 @@
+"""The prompt room: every prompt of the project is built here, as (prefix, document, pair, suffix).
+
+- prefix: system text, query and searcher, and nothing of the document: shared by all candidates of a query;
+- document: depends on the document alone; the only part that is ever truncated, summarised or replaced by embeddings;
+- pair: features of this searcher with this document (position, pay, place, click rates), as text;
+- suffix: ends at the answer position.
+
+Each part is tokenised apart, always in the same way, so that an item's tokens do not depend on what stands beside it. Text comes in through
+`Tokenizer.encode`, which cannot produce a control token; control tokens come from the chat format alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import NamedTuple
+
+from jaxsearch.data.records import Document, Query
+from jaxsearch.data.tokenizer import Tokenizer
+
+KINDS = ("judge", "ranker", "query", "document")
+STYLES = ("full", "short")
+
+
+class Control(str):
+    """A control token, by name."""
+
+    __slots__ = ()
+
+
+Pieces = tuple[str, ...]
+"""Text and `Control` tokens in order."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a family of checkpoints was taught to tell roles apart."""
+
+    system: Pieces
+    """Opens the system message."""
+    user: Pieces
+    """Ends the system message, where there is one, and opens the user's."""
+    answer: Pieces
+    """Ends the user's message and opens the answer."""
+    end: Control
+    """Ends a text; what a tower is pooled at, and what ends a generated answer."""
+
+
+_START, _END = Control("<|im_start|>"), Control("<|im_end|>")
+FORMATS = {
+    "tiny": ChatFormat((), (Control("<|user|>"),), (Control("<|assistant|>"),), Control("<|end|>")),
+    "chatml": ChatFormat(
+        (_START, "system\n"), (_END, "\n", _START, "user\n"), (_END, "\n", _START, "assistant\n"), _END
+    ),
+    "qwen3": ChatFormat(
+        (_START, "system\n"),
+        (_END, "\n", _START, "user\n"),
+        (_END, "\n", _START, "assistant\n", Control("<think>"), "\n\n", Control("</think>"), "\n\n"),
+        Control("<|endoftext|>"),
+    ),
+}
+"""Chat formats by name: tokenizers trained here, SmolLM2, Qwen3 (with thinking closed)."""
+
+_SYSTEM = {
+    "ranker": "You decide whether a {thing} is relevant to a search. Answer Yes or No.",
+    "judge": "You grade how well a {thing} answers a search, from 0 to 4, by this policy.\n\n{policy}",
+}
+_INSTRUCT = "Instruct: Given a search, find the {thing}s that answer it.\nQuery: "
+_QUESTION = {"ranker": "\nIs it relevant?", "judge": "\nGrade?"}
+_THING = {"jobs": "job posting", "people": "member profile"}
+
+
+class Feature(NamedTuple):
+    """One feature of the pair part: its name in prompts of either style and how its value is written (None: unknown, left out)."""
+
+    full: str
+    short: str
+    value: Callable[[Query, Document, int], str | None]
+
+
+def _number(name: str, digits: int) -> Callable[[Query, Document, int], str | None]:
+    def value(query: Query, document: Document, position: int) -> str | None:
+        return f"{document.numeric[name]:.{digits}f}" if name in document.numeric else None
+
+    return value
+
+
+def _pays(query: Query, document: Document, position: int) -> str | None:
+    try:
+        wanted = float(query.searcher["wanted_salary"])
+    except (KeyError, ValueError):
+        return None
+    return str(document.numeric["salary"] >= wanted) if "salary" in document.numeric else None
+
+
+def _near(query: Query, document: Document, position: int) -> str | None:
+    here, there = query.searcher.get("location"), document.attributes.get("city")
+    return str(here.lower() == there.lower()) if here and there else None
+
+
+FEATURES = {
+    "position": Feature("position on the page", "position", lambda query, document, position: str(position)),
+    "company_ctr": Feature("company click rate", "rate", _number("company_ctr", 2)),
+    "age_days": Feature("days since posting", "age", _number("age_days", 0)),
+    "pays": Feature("pays what the searcher wants", "pays", _pays),
+    "near": Feature("in the searcher's city", "near", _near),
+}
+"""Pair features by name, written as the paper found best (section 4): descriptive names, True/False words, two decimals."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """One prompt template; part of the model contract.
+
+    Raises:
+      ValueError: an unknown kind, style, chat format or feature, or a limit below 1.
+    """
+
+    kind: str
+    """"judge", "ranker", "query" (tower) or "document" (tower)."""
+    style: str = "full"
+    """"full" (instructions, field names) or "short" (for models trained from scratch, which learn what the places mean)."""
+    chat: str = "chatml"
+    """Chat format of the base model: "tiny", "chatml" or "qwen3"."""
+    max_query_tokens: int = 128
+    """Longer queries (with searcher) are refused: a prefix is never cut."""
+    max_document_tokens: int = 1024
+    """Longer documents lose their end, which is reported."""
+    features: tuple[str, ...] = ()
+    """Names from `FEATURES` for the pair part, in order."""
+    searcher: tuple[str, ...] = ("headline", "location")
+    """Searcher fields shown in the prefix."""
+    serving_position: int = 1
+    """The position that is written where the true one is not known yet: always, when serving."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("kind", KINDS), ("style", STYLES), ("chat", tuple(FORMATS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"prompt.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
+        for feature in self.features:
+            if feature not in FEATURES:
+                raise ValueError(f"prompt.features has {feature!r}: known are {', '.join(FEATURES)}")
+        for name in ("max_query_tokens", "max_document_tokens", "serving_position"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"prompt.{name} is {getattr(self, name)}: use at least 1")
+
+
+class DocumentTokens(NamedTuple):
+    """The document part, and how many tokens were cut off its end."""
+
+    ids: list[int]
+    truncated: int
+
+
+class PromptRoom:
+    """Builds the token ids of prompts for one template and tokenizer.
+
+    Args:
+      tokenizer: of the model.
+      config: the template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: PromptConfig):
+        self.tokenizer = tokenizer
+        self.config = config
+        self.format = FORMATS[config.chat]
+        self.end_id = tokenizer.control(self.format.end)
+        self._pairs: dict[str, list[int]] = {"": []}
+        self.suffix: list[int] = self._suffix()
+
+    def _ids(self, pieces: Sequence[str]) -> list[int]:
+        """Token ids of fixed text and control tokens, each piece apart."""
+        parts = [
+            [self.tokenizer.control(piece)]
+            if isinstance(piece, Control)
+            else self.tokenizer.encode([piece])[0]
+            for piece in pieces
+            if piece
+        ]
+        return [token for part in parts for token in part]
+
+    def _suffix(self) -> list[int]:
+        if self.config.kind in ("query", "document"):
+            return [self.end_id]
+        question = _QUESTION[self.config.kind] if self.config.style == "full" else ""
+        return self._ids((question, *self.format.answer))
+
+    def _opening(self, vertical: str) -> list[int]:
+        """Token ids of everything before the query's own text."""
+        kind, thing = self.config.kind, _THING[vertical]
+        if kind == "query":
+            return self._ids((_INSTRUCT.format(thing=thing),)) if self.config.style == "full" else []
+        if self.config.style == "short":
+            return self._ids(self.format.user)
+        policy = _policy(vertical) if kind == "judge" else ""
+        system = _SYSTEM[kind].format(thing=thing, policy=policy)
+        return self._ids((*self.format.system, system, *self.format.user))
+
+    def _query_text(self, query: Query) -> str:
+        searcher = [(name, query.searcher[name]) for name in self.config.searcher if query.searcher.get(name)]
+        if self.config.style == "short":
+            return "; ".join([query.text, *(text for _, text in searcher)])
+        lines = [f"Search: {query.text}"] if self.config.kind != "query" else [query.text]
+        lines += [f"Searcher's {name.replace('_', ' ')}: {text}" for name, text in searcher]
+        lines += [f"Required {name.replace('_', ' ')}: {value}" for name, value in query.filters.items()]
+        return "\n".join(lines) + ("\n" if self.config.kind != "query" else "")
+
+    def prefixes(self, queries: Sequence[Query]) -> list[list[int]]:
+        """Token ids of each prefix.
+
+        Raises:
+          ValueError: a query is empty or too long; names it.
+        """
+        openings = {vertical: self._opening(vertical) for vertical in {query.vertical for query in queries}}
+        texts = self.tokenizer.encode([self._query_text(query) for query in queries])
+        for query, ids in zip(queries, texts, strict=True):
+            if not query.text.strip():
+                raise ValueError(f"query {query.id!r} is empty: give at least one word")
+            if len(ids) > self.config.max_query_tokens:
+                raise ValueError(
+                    f"query {query.id!r} with its searcher has {len(ids)} tokens, max_query_tokens is "
+                    f"{self.config.max_query_tokens}: shorten it, or raise the limit in the prompt config"
+                )
+        tail = self.suffix if self.config.kind == "query" else []
+        return [openings[query.vertical] + ids + tail for query, ids in zip(queries, texts, strict=True)]
+
+    def document_text(self, document: Document) -> str:
+        """What the document part says, before tokenising."""
+        if self.config.style == "short":
+            return "; ".join(document.fields.values())
+        lines = [f"{name.replace('_', ' ').capitalize()}: {text}" for name, text in document.fields.items()]
+        return "\n".join(lines)
+
+    def documents(self, documents: Sequence[Document]) -> list[DocumentTokens]:
+        """Token ids of each document part, cut to `max_document_tokens`; the tail of a tower is added after the cut."""
+        limit = self.config.max_document_tokens
+        tail = self.suffix if self.config.kind == "document" else []
+        encoded = self.tokenizer.encode([self.document_text(document) for document in documents])
+        return [DocumentTokens(ids[:limit] + tail, max(len(ids) - limit, 0)) for ids in encoded]
+
+    def pair_text(self, query: Query, document: Document, position: int | None = None) -> str:
+        """The features of a pair as text ("" without features)."""
+        place = self.config.serving_position if position is None else position
+        written = [
+            (FEATURES[name], FEATURES[name].value(query, document, place)) for name in self.config.features
+        ]
+        if self.config.style == "short":
+            return "".join(f" {feature.short} {value}" for feature, value in written if value is not None)
+        return "".join(
+            f"\n{feature.full.capitalize()}: {value}" for feature, value in written if value is not None
+        )
+
+    def pairs(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of pair parts. Few different texts occur, so that their ids are kept."""
+        if missing := sorted({text for text in texts if text not in self._pairs}):
+            if len(self._pairs) + len(missing) > 200_000:
+                self._pairs = {"": []}
+                missing = sorted({*texts} - {""})
+            self._pairs.update(zip(missing, self.tokenizer.encode(missing), strict=True))
+        return [self._pairs[text] for text in texts]
+
+
+def _policy(vertical: str) -> str:
+    """The grading policy of a vertical, word for word.
+
+    Raises:
+      ValueError: no policy was written for it.
+    """
+    file = resources.files("jaxsearch.data.job_market").joinpath(f"policy_{vertical}.md")
+    if not file.is_file():
+        raise ValueError(f"vertical is {vertical!r}: there is no grading policy policy_{vertical}.md")
+    return file.read_text(encoding="utf-8")

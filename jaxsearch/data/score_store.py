@@ -1,0 +1,160 @@
+"""Scores of a judge or teacher on disk: written once per pair by a resumable job, read by the training of students.
+
+A store is a folder: `store.json` (whose scores, on which data) and one `.npz` per range of training queries, each written whole or not at
+all. Reading refuses a store that is unfinished, or that belongs to other data than is being trained on.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxsearch.errors import InputError
+
+META = "store.json"
+
+
+class StoreError(InputError):
+    """A score store that cannot be used; the message names what differs and what to do."""
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """Whose scores a store holds, and on what."""
+
+    model: str
+    """Contract hash of the model that scored."""
+    kind: str
+    """"judge" or "ranker"."""
+    dataset: str
+    fingerprint: str
+    """`Dataset.fingerprint`."""
+    columns: tuple[str, ...]
+    """Names of the scores: labels, then actions."""
+    queries: int
+    """Training queries in all."""
+    per_query: int
+    """Pairs scored of each query (0: all)."""
+    shard: int = 256
+    """Queries per file."""
+
+    @property
+    def shards(self) -> int:
+        """Files of a finished store."""
+        return -(-self.queries // self.shard)
+
+
+class ScoreStore:
+    """One store, new or existing.
+
+    Args:
+      folder: of the store; made if need be.
+      meta: what is to be written. An existing store must say the same.
+
+    Raises:
+      StoreError: the folder holds a store of something else.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], meta: StoreMeta):
+        self.folder, self.meta = Path(folder), meta
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / META).is_file():
+            _refuse_difference(self.folder, _read_meta(self.folder), meta)
+        else:
+            temporary = self.folder / (META + ".tmp")
+            temporary.write_text(json.dumps(asdict(meta), indent=1) + "\n")
+            os.replace(temporary, self.folder / META)
+
+    def missing(self) -> list[int]:
+        """Shards that are not there yet."""
+        return [shard for shard in range(self.meta.shards) if not _shard_file(self.folder, shard).is_file()]
+
+    def write(self, shard: int, query: np.ndarray, document: np.ndarray, scores: np.ndarray) -> None:
+        """Write one shard.
+
+        Args:
+          shard: its number.
+          query: int32 [n], rows of training queries.
+          document: int32 [n], rows of documents.
+          scores: fp32 [n, C], finite.
+
+        Raises:
+          StoreError: scores of the wrong width, or not finite.
+        """
+        if scores.shape != (len(query), len(self.meta.columns)) or not np.isfinite(scores).all():
+            raise StoreError(
+                f"scores of shard {shard} have shape {scores.shape} or are not finite: expected [n, {len(self.meta.columns)}]"
+            )
+        target = _shard_file(self.folder, shard)
+        temporary = target.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.savez(
+                file,
+                query=query.astype(np.int32),
+                document=document.astype(np.int32),
+                scores=scores.astype(np.float32),
+            )
+        os.replace(temporary, target)
+
+
+def read_scores(
+    folder: str | os.PathLike[str], fingerprint: str
+) -> tuple[StoreMeta, dict[tuple[int, int], np.ndarray]]:
+    """All scores of a finished store.
+
+    Args:
+      folder: of the store.
+      fingerprint: of the data set in use.
+
+    Returns:
+      What the store says of itself, and (query row, document row) -> fp32 [C].
+
+    Raises:
+      StoreError: no store there, unfinished, damaged, or of other data.
+    """
+    root = Path(folder)
+    meta = _read_meta(root)
+    if meta.fingerprint != fingerprint:
+        raise StoreError(
+            f"{root} holds scores for data {meta.dataset} with fingerprint {meta.fingerprint[:12]}, training uses {fingerprint[:12]}: "
+            "the store is stale, run the labelling job anew"
+        )
+    found: dict[tuple[int, int], np.ndarray] = {}
+    for shard in range(meta.shards):
+        path = _shard_file(root, shard)
+        if not path.is_file():
+            raise StoreError(
+                f"{root} is unfinished (shard {shard} of {meta.shards} is missing): run the same labelling job again, it resumes"
+            )
+        try:
+            with np.load(path, allow_pickle=False) as part:
+                query, document, scores = part["query"], part["document"], part["scores"]
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            raise StoreError(
+                f"{path} is damaged ({error}): delete it and run the labelling job again"
+            ) from error
+        found.update(zip(zip(query.tolist(), document.tolist(), strict=True), scores, strict=True))
+    return meta, found
+
+
+def _shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"scores-{shard:05d}.npz"
+
+
+def _read_meta(folder: Path) -> StoreMeta:
+    path = folder / META
+    if not path.is_file():
+        raise StoreError(f"{folder} holds no score store ({META}): run the labelling job first")
+    values = json.loads(path.read_text())
+    return StoreMeta(**{**values, "columns": tuple(values["columns"])})
+
+
+def _refuse_difference(folder: Path, there: StoreMeta, wanted: StoreMeta) -> None:
+    names = [name for name, value in asdict(wanted).items() if asdict(there)[name] != value]
+    if names:
+        shown = ", ".join(f"{name} {asdict(there)[name]!r} (not {asdict(wanted)[name]!r})" for name in names)
+        raise StoreError(
+            f"{folder} already holds scores with {shown}: give another folder, or delete this one"
+        )

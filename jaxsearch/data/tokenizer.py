@@ -1,0 +1,117 @@
+"""Byte-level BPE: training a small one on a data set's own text, and one wrapper for it and for the tokenizers of checkpoints.
+
+Text from users and documents is encoded with special tokens taken as plain text, so that it can never become a control token; control
+tokens enter a prompt by id only.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+TINY_CONTROL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
+"""Control tokens of a tokenizer trained here; ids 0 to 3."""
+LABELS = ("Yes", "No", "0", "1", "2", "3", "4")
+"""Answers that a judge or ranker is read at: each must be one token."""
+FILE = "tokenizer.json"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that keeps text and control apart.
+
+    Args:
+      inner: the tokenizer; it is changed so that special tokens inside text are encoded as plain text.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        inner.encode_special_tokens = True
+        inner.no_padding()
+        inner.no_truncation()
+        self.inner = inner
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this number."""
+        return self.inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, in one call for all of them; no control token ever comes out."""
+        return [e.ids for e in self.inner.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, control tokens left out."""
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def control(self, token: str) -> int:
+        """The id of a control token.
+
+        Raises:
+          ValueError: the tokenizer has no such token.
+        """
+        if (index := self.inner.token_to_id(token)) is None:
+            raise ValueError(
+                f"control token is {token!r}: this tokenizer has none; choose the chat format that fits it"
+            )
+        return index
+
+    def label(self, text: str) -> int:
+        """The id of a one-token answer such as "Yes".
+
+        Raises:
+          ValueError: the answer is several tokens here.
+        """
+        (ids,) = self.encode([text])
+        if len(ids) != 1:
+            raise ValueError(f"label is {text!r}: it is {len(ids)} tokens here, answers must be a single one")
+        return ids[0]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `tokenizer.json` into `folder`."""
+        target = Path(folder) / FILE
+        temporary = target.with_suffix(".tmp")
+        self.inner.save(str(temporary))
+        os.replace(temporary, target)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+        """Read `tokenizer.json` from `folder` (data only, nothing is executed).
+
+        Raises:
+          FileNotFoundError: it is not there.
+        """
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no tokenizer there; a model folder holds {FILE}")
+        return cls(tokenizers.Tokenizer.from_file(str(path)))
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A small byte-level BPE: lower case, digits one by one, labels as single tokens; the same texts give the same tokenizer.
+
+    Args:
+      texts: what it is trained on.
+      vocab_size: at least 256 bytes + control tokens + labels; the result may be smaller where the text is.
+    """
+    smallest = 256 + len(TINY_CONTROL) + len(LABELS)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size is {vocab_size}: use at least {smallest} (all bytes, control tokens, labels)"
+        )
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,  # Yes and No are added below; digits are bytes already
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in TINY_CONTROL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    # Whole words only, before lower-casing: "No" inside "Northwind" stays text.
+    inner.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in ("Yes", "No")])
+    return Tokenizer(inner)

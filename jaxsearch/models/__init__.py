@@ -1,0 +1,1 @@
+"""The decoder, the attentions handed into it, pretrained weights in and out, and generation."""

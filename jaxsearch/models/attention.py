@@ -1,0 +1,152 @@
+"""Who sees whom: the attentions that are handed into the decoder's block.
+
+Each is a small pytree of masks or positions, called once per layer with rotated queries and keys. All share
+one arithmetic: fp32 scores scaled by H**-0.5, softmax in fp32 with the division after the sum over values
+(fewer numbers to divide), key/value heads never repeated in memory. Axes: B queries, R rows of packed
+items, T tokens, P prefix tokens, C keys or cache slots, N query heads, K key/value heads, G = N/K, H head
+size.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Far below any score, yet finite: a row of masked scores alone then has no NaN in it, nor in its gradient.
+MASKED = -1e30
+
+
+class Attention(Protocol):
+    """Mixes tokens within one layer."""
+
+    def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        """Attend.
+
+        Args:
+            q: rotated queries [..., T, N, H].
+            k: rotated keys [..., T, K, H].
+            v: values [..., T, K, H].
+            state: what this layer keeps between calls (None where nothing is kept).
+
+        Returns:
+            The mixed values [..., T, N, H] in q's dtype, and the layer's new state.
+        """
+
+
+def _group(q: Array, k: Array) -> Array:
+    """Query heads beside the key/value head they share: [..., T, N, H] -> [..., T, K, G, H]."""
+    return q.reshape(*q.shape[:-2], k.shape[-2], q.shape[-2] // k.shape[-2], q.shape[-1])
+
+
+def _scores(equation: str, q: Array, k: Array, mask: Array) -> Array:
+    """Scaled fp32 scores by the einsum equation, `MASKED` where the broadcastable mask is False."""
+    scores = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+    return jnp.where(mask, scores * q.shape[-1] ** -0.5, MASKED)
+
+
+def _top(scores: Array) -> Array:
+    """The largest score over the last axis, a constant for the gradient.
+
+    Its floor of MASKED / 2 makes exp(MASKED - top) exactly 0 where everything is masked.
+    """
+    return jnp.maximum(jnp.max(jax.lax.stop_gradient(scores), axis=-1), MASKED / 2)
+
+
+def _swap(x: Array) -> Array:
+    """[B, K, R, ...] <-> [B, R, K, ...]."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _sum_values(equation: str, weights: Array, v: Array) -> Array:
+    """Values summed with fp32 weights, by the einsum equation; fp32 out."""
+    return jnp.einsum(equation, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+
+def _divisor(total: Array) -> Array:
+    """The sum of the weights, or 1 where nothing was seen: value and gradient are 0 there."""
+    return jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Masked attention (q [..., T, N, H], k and v [..., C, K, H], mask [..., T, C]) -> [..., T, N, H]."""
+    grouped = _group(q, k)
+    scores = _scores("...TKGH,...CKH->...KTGC", grouped, k, mask[..., None, :, None, :])
+    weights = jnp.exp(scores - _top(scores)[..., None])
+    mixed = _sum_values("...KTGC,...CKH->...KTGH", weights, v) / _divisor(weights.sum(axis=-1))
+    return jnp.moveaxis(mixed, -4, -3).reshape(q.shape).astype(q.dtype)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["where"], meta_fields=["keep_kv"])
+@dataclass(frozen=True)
+class Causal:
+    """Each token sees itself and what stands before it, padding left out.
+
+    `where` is bool [..., T], True for tokens that exist. With `keep_kv` the new state is (k, v): this is
+    how a prefix is prefilled. A token that sees nothing (padding before the first token) mixes to zero.
+    """
+
+    where: Array
+    keep_kv: bool = False
+
+    def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        length = q.shape[-3]
+        mask = self.where[..., None, :] & jnp.tri(length, dtype=bool)[(None,) * (self.where.ndim - 1)]
+        return _attend(q, k, v, mask), (k, v) if self.keep_kv else None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["prefix_where", "segments"], meta_fields=[])
+@dataclass(frozen=True)
+class PrefixPacked:
+    """Packed items: each token sees its query's prefix and, causally, the item that it belongs to.
+
+    `prefix_where` is bool [B, P]; `segments` int32 [B, R, T] holds each token's item slot within its row, 0
+    for padding. The state is (k, v) of the prefix, both [B, P, K, H] per layer, shared by the query's R
+    rows; the new state is None. One softmax runs over prefix and item together. Padding mixes to zero.
+    """
+
+    prefix_where: Array
+    segments: Array
+
+    def __call__(self, q: Array, k: Array, v: Array, state: tuple[Array, Array]) -> tuple[Array, Any]:
+        prefix_k, prefix_v = state
+        exists = self.segments > 0
+        same = self.segments[..., :, None] == self.segments[..., None, :]
+        own = same & exists[..., None] & jnp.tri(q.shape[-3], dtype=bool)[None, None]
+        prefix = self.prefix_where[:, None, None, None, None, :] & exists[:, None, :, :, None, None]
+
+        # The prefix part has R after its batch axes B and K, the item part before K: swap small sums only.
+        grouped = _group(q, k)
+        own_scores = _scores("BRTKGH,BRCKH->BRKTGC", grouped, k, own[:, :, None, :, None, :])
+        prefix_scores = _scores("BRTKGH,BPKH->BKRTGP", grouped, prefix_k, prefix)
+        top = jnp.maximum(_top(own_scores), _swap(_top(prefix_scores)))
+        own_weights = jnp.exp(own_scores - top[..., None])
+        prefix_weights = jnp.exp(prefix_scores - _swap(top)[..., None])
+        total = own_weights.sum(axis=-1) + _swap(prefix_weights.sum(axis=-1))
+        mixed = _sum_values("BRKTGC,BRCKH->BRKTGH", own_weights, v)
+        mixed = mixed + _swap(_sum_values("BKRTGP,BPKH->BKRTGH", prefix_weights, prefix_v))
+        return jnp.moveaxis(mixed / _divisor(total), 2, 3).reshape(q.shape).astype(q.dtype), None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["slots"], meta_fields=[])
+@dataclass(frozen=True)
+class Cached:
+    """Decoding with a cache: new keys and values go into their slots; a token sees all slots up to its own.
+
+    `slots` is int32 [B, T] (T is 1 when one token is decoded at a time). The state is (k, v), both [B, C,
+    K, H] per layer. Slots beyond a row's own may hold anything finite: they are overwritten before they are
+    seen. A slot of C or more is not written.
+    """
+
+    slots: Array
+
+    def __call__(self, q: Array, k: Array, v: Array, state: tuple[Array, Array]) -> tuple[Array, Any]:
+        rows = jnp.arange(self.slots.shape[0])[:, None]
+        cache_k, cache_v = (
+            cache.at[rows, self.slots].set(new.astype(cache.dtype), mode="drop")
+            for cache, new in zip(state, (k, v), strict=True)
+        )
+        mask = jnp.arange(cache_k.shape[1])[None, None, :] <= self.slots[..., None]
+        return _attend(q, cache_k, cache_v, mask), (cache_k, cache_v)

@@ -1,0 +1,239 @@
+"""The model contract: a folder with everything that is needed to use a model right, and nothing that could be executed.
+
+`contract.json` (architecture, prompts, labels, actions, calibrators, training config, golden scores, hashes), `model.safetensors`,
+`tokenizer.json`. Loading checks each against the others and refuses what does not fit.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.data.records import Document, Query, from_dict, to_dict
+from jaxsearch.data.tokenizer import FILE as TOKENIZER_FILE
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.errors import InputError
+from jaxsearch.models.decoder import DecoderConfig
+from jaxsearch.models.scorer import BiEncoder, Scorer
+
+FORMAT = 1
+KINDS = ("base", "judge", "ranker", "bi_encoder")
+CONTRACT_FILE, WEIGHTS_FILE = "contract.json", "model.safetensors"
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
+"""How far a golden score may move between machines and backends, by compute dtype (log-odds; cosine for a bi-encoder)."""
+
+
+class ContractError(InputError):
+    """A model folder that cannot be used as it is; the message names what does not fit and what to do."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One pair and its label logits (for a bi-encoder: its cosine), as the exporting machine computed them."""
+
+    query: Query
+    document: Document
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What is needed, beside weights and tokenizer, to use a model right."""
+
+    kind: str
+    """"base" (decoder alone), "judge", "ranker" or "bi_encoder"."""
+    architecture: DecoderConfig
+    prompts: Mapping[str, PromptConfig]
+    """By part: "pair" for judge and ranker; "query" and "document" for a bi-encoder."""
+    labels: Mapping[str, int] = field(default_factory=dict)
+    """Answer -> token id, in the order of the logits: Yes, No for a ranker, 0 to 4 for a judge."""
+    actions: tuple[str, ...] = ()
+    """Action heads, after the labels."""
+    calibrators: Mapping[str, Any] = field(default_factory=dict)
+    """Objective -> calibrator; empty: scores are used as they are."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """The training configuration."""
+    golden: tuple[Golden, ...] = ()
+
+    @property
+    def tolerance(self) -> float:
+        """Largest allowed deviation of a golden score."""
+        return TOLERANCE[self.architecture.compute_dtype]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model folder."""
+
+    module: Scorer | BiEncoder
+    contract: Contract
+    tokenizer: Tokenizer
+    hash: str
+    """SHA-256 of the contract with the hashes of weights and tokenizer in it: what teacher scores and indexes are tied to."""
+
+
+def _flat(module: nnx.Module) -> dict[str, np.ndarray]:
+    return {
+        ".".join(map(str, path)): np.ascontiguousarray(np.asarray(variable[...]))
+        for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_model(
+    folder: str | os.PathLike[str], module: Scorer | BiEncoder, contract: Contract, tokenizer: Tokenizer
+) -> str:
+    """Write a model folder; the contract comes last, so that a folder without one is known to be unfinished.
+
+    Returns:
+      The contract's hash.
+    """
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / CONTRACT_FILE).unlink(missing_ok=True)
+    save_file(_flat(module), root / (WEIGHTS_FILE + ".tmp"))
+    os.replace(root / (WEIGHTS_FILE + ".tmp"), root / WEIGHTS_FILE)
+    tokenizer.save(root)
+    values = {
+        "format": FORMAT,
+        "kind": contract.kind,
+        "architecture": dataclasses.asdict(contract.architecture),
+        "prompts": {name: dataclasses.asdict(prompt) for name, prompt in contract.prompts.items()},
+        "labels": dict(contract.labels),
+        "actions": list(contract.actions),
+        "calibrators": dict(contract.calibrators),
+        "training": dict(contract.training),
+        "golden": [
+            {"query": to_dict(g.query), "document": to_dict(g.document), "scores": list(g.scores)}
+            for g in contract.golden
+        ],
+        "sha256": {name: _digest(root / name) for name in (WEIGHTS_FILE, TOKENIZER_FILE)},
+    }
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    temporary = root / (CONTRACT_FILE + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, root / CONTRACT_FILE)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_model(folder: str | os.PathLike[str]) -> Model:
+    """Read a model folder.
+
+    Raises:
+      ContractError: it is missing, unfinished, damaged, of another format, or its parts do not fit each other.
+    """
+    root = Path(folder)
+    path = root / CONTRACT_FILE
+    if not path.is_file():
+        raise ContractError(f"{root} holds no {CONTRACT_FILE}: give the `model` folder of a finished run")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        contract = _parse(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ContractError(f"{path} cannot be used ({error}): export the model anew") from error
+    for name, expected in values["sha256"].items():
+        if name not in (WEIGHTS_FILE, TOKENIZER_FILE):
+            raise ContractError(f"{path}: sha256 names {name!r}, which is no part of a model folder")
+        if not (root / name).is_file() or _digest(root / name) != expected:
+            raise ContractError(
+                f"{root / name} is missing or is not the file the contract was written for: copy the whole folder"
+            )
+    tokenizer = Tokenizer.load(root)
+    for label, index in contract.labels.items():
+        if tokenizer.label(label) != index:
+            raise ContractError(
+                f"{path}: label {label!r} is token {index}, the tokenizer says {tokenizer.label(label)}"
+            )
+    if tokenizer.vocab_size > contract.architecture.vocab_size:
+        raise ContractError(
+            f"{path}: vocab_size is {contract.architecture.vocab_size}, the tokenizer has {tokenizer.vocab_size} tokens"
+        )
+    module = make_module(contract, nnx.Rngs(0))
+    try:
+        load_weights(module, load_file(root / WEIGHTS_FILE))
+    except SafetensorError as error:
+        raise ContractError(f"{root / WEIGHTS_FILE} is damaged ({error}): copy it again") from error
+    return Model(module, contract, tokenizer, hashlib.sha256(text.encode()).hexdigest())
+
+
+def make_module(contract: Contract, rngs: nnx.Rngs) -> Scorer | BiEncoder:
+    """A module of the contract's shape with fresh parameters."""
+    if contract.kind == "bi_encoder":
+        return BiEncoder(contract.architecture, rngs=rngs)
+    return Scorer(
+        contract.architecture,
+        label_ids=list(contract.labels.values()),
+        actions=len(contract.actions),
+        rngs=rngs,
+    )
+
+
+def load_weights(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
+    """Put tensors into a module, by name.
+
+    Raises:
+      ContractError: a tensor is unknown, missing, or has another shape.
+    """
+    flat = {
+        ".".join(map(str, path)): variable
+        for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
+    for problem, names in (("unknown", set(tensors) - set(flat)), ("missing", set(flat) - set(tensors))):
+        if names:
+            raise ContractError(
+                f"weights: {problem} tensors {', '.join(sorted(names))}; this is another architecture"
+            )
+    for name, variable in flat.items():
+        if tensors[name].shape != variable.shape:
+            raise ContractError(
+                f"weights: {name} has shape {tensors[name].shape}, the architecture needs {variable.shape}"
+            )
+    state = {
+        path: variable.replace(jnp.asarray(tensors[".".join(map(str, path))]))
+        for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
+    nnx.update(module, nnx.from_flat_state(state))
+
+
+def _parse(values: Mapping[str, Any]) -> Contract:
+    if values.get("format") != FORMAT:
+        raise ValueError(f"format is {values.get('format')!r}, this version reads {FORMAT}")
+    if values["kind"] not in KINDS:
+        raise ValueError(f"kind is {values['kind']!r}, not one of {', '.join(KINDS)}")
+    return Contract(
+        kind=values["kind"],
+        architecture=DecoderConfig(**values["architecture"]),
+        prompts={name: _prompt(prompt) for name, prompt in values["prompts"].items()},
+        labels={str(name): int(index) for name, index in values["labels"].items()},
+        actions=tuple(values["actions"]),
+        calibrators=values["calibrators"],
+        training=values["training"],
+        golden=tuple(
+            Golden(
+                from_dict(Query, golden["query"]),
+                from_dict(Document, golden["document"]),
+                tuple(float(score) for score in golden["scores"]),
+            )
+            for golden in values["golden"]
+        ),
+    )
+
+
+def _prompt(values: Mapping[str, Any]) -> PromptConfig:
+    lists: Sequence[str] = ("features", "searcher")
+    return PromptConfig(**{name: tuple(value) if name in lists else value for name, value in values.items()})

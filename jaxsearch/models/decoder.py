@@ -1,0 +1,374 @@
+"""The decoder that every model of the funnel is made of (Qwen3 and Llama families), one scanned NNX module.
+
+Judge, teachers, ranker, both towers and the MixLM encoder differ in size, in head and in the attention that
+they hand in, never in the block. Axes: B queries, T tokens, D width, N query heads, K key/value heads, H
+head size, F MLP width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from string import ascii_lowercase
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxsearch.errors import InputError
+from jaxsearch.models.attention import Attention
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Inside a scan nothing can be merged across iterations, so the costly barriers of prevent_cse are not needed.
+_checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda block: block,
+    "full": _checkpoint,
+    "dots": functools.partial(_checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and constants of a decoder. What a checkpoint decides has no default that could shadow its value.
+
+    `compute_dtype` is "float32" or "bfloat16"; parameters are stored in fp32, and softmax, norms and rotary
+    embedding always run in fp32. `remat` says what one layer keeps for the backward pass: "none" keeps all,
+    "dots" the outputs of the projections, "full" its input only. On a CPU "full" is also the fastest at
+    small widths (less to write).
+
+    Raises:
+        InputError: a field is out of range; the message names it, its value and the fix.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float
+    rms_eps: float
+    qk_norm: bool
+    tied: bool
+    compute_dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, fix: str) -> None:
+            raise InputError(f"DecoderConfig.{name} is {getattr(self, name)!r}: {fix}")
+
+        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                refuse(name, "give an integer of at least 1")
+        for name in ("rope_theta", "rms_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                refuse(name, "give a positive number")
+        for name in ("qk_norm", "tied"):
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, "give True or False")
+        if self.heads % self.kv_heads:
+            refuse("kv_heads", f"it must divide heads ({self.heads})")
+        if self.head_dim % 2:
+            refuse("head_dim", "rotary embedding needs an even size")
+        if self.compute_dtype not in DTYPES:
+            refuse("compute_dtype", f"use one of {', '.join(DTYPES)}")
+        if self.remat not in REMAT:
+            refuse("remat", f"use one of {', '.join(REMAT)}")
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of matmul inputs and of the residual stream."""
+        return DTYPES[self.compute_dtype]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the decoder holds."""
+        return sum(math.prod(spec.shape) for spec in (outer_table(self) | layer_table(self)).values())
+
+
+class ParameterSpec(NamedTuple):
+    """A parameter's shape, the logical names of its axes, and the deviation of its init (None: ones)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float | None
+
+    def create(self, rngs: nnx.Rngs) -> nnx.Param:
+        """An fp32 parameter that carries its logical axis names as the metadata `axes`."""
+        value = (
+            jnp.ones(self.shape)
+            if self.std is None
+            else self.std * jax.random.normal(rngs.params(), self.shape)
+        )
+        return nnx.Param(value, axes=self.axes)
+
+
+def outer_table(c: DecoderConfig) -> dict[str, ParameterSpec]:
+    """The parameters outside the layers; `unembedding` only where the output is untied."""
+    rows = ParameterSpec((c.vocab_size, c.width), ("vocab", "embed"), c.width**-0.5)
+    table = {"embedding": rows, "final_norm": ParameterSpec((c.width,), ("embed",), None)}
+    return table if c.tied else table | {"unembedding": rows}
+
+
+def layer_table(c: DecoderConfig) -> dict[str, ParameterSpec]:
+    """The parameters of the block, stacked over layers.
+
+    Outputs into the residual stream start smaller, by sqrt(2 layers), so that its scale does not grow with
+    depth.
+    """
+    fan_in, out = c.width**-0.5, (2 * c.layers) ** -0.5
+    d, n, k, h, f = c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width
+    table = {
+        "attention_norm": ParameterSpec((d,), ("embed",), None),
+        "q": ParameterSpec((d, n, h), ("embed", "heads", "head_dim"), fan_in),
+        "k": ParameterSpec((d, k, h), ("embed", "kv_heads", "head_dim"), fan_in),
+        "v": ParameterSpec((d, k, h), ("embed", "kv_heads", "head_dim"), fan_in),
+        "o": ParameterSpec((n, h, d), ("heads", "head_dim", "embed"), (n * h) ** -0.5 * out),
+        "mlp_norm": ParameterSpec((d,), ("embed",), None),
+        "gate": ParameterSpec((d, f), ("embed", "mlp"), fan_in),
+        "up": ParameterSpec((d, f), ("embed", "mlp"), fan_in),
+        "down": ParameterSpec((f, d), ("mlp", "embed"), f**-0.5 * out),
+    }
+    if c.qk_norm:
+        table["q_norm"] = table["k_norm"] = ParameterSpec((h,), ("head_dim",), None)
+    return {
+        name: ParameterSpec((c.layers, *spec.shape), ("layer", *spec.axes), spec.std)
+        for name, spec in table.items()
+    }
+
+
+def _letters(equation: str, x: Array) -> tuple[str, str, str]:
+    """The three terms of the equation, with a letter for each axis that T stands for."""
+    inputs, rest = equation.split(",")
+    weights, outputs = rest.split("->")
+    leading = ascii_lowercase[: x.ndim - len(inputs) + 1]
+    return inputs.replace("T", leading), weights, outputs.replace("T", leading)
+
+
+def _project(equation: str, x: Array, w: Array) -> Array:
+    inputs, weights, outputs = _letters(equation, x)
+    return jnp.einsum(f"{inputs},{weights}->{outputs}", x, w.astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: Array, w: Array) -> Array:
+    """A projection by an einsum such as "TD,DNH->TNH", in which T stands for all leading axes of x.
+
+    The weights are cast to x's dtype; their gradient is summed in fp32, whatever the compute dtype.
+    """
+    return _project(equation, x, w)
+
+
+def _project_forward(equation: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _project(equation, x, w), (x, w)
+
+
+def _project_backward(equation: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    inputs, weights, outputs = _letters(equation, x)
+    dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, w.astype(x.dtype))
+    # x stands first: XLA on a CPU transposes the first operand, and JAX's own rule puts the cotangent there,
+    # which fused the transposition into the elementwise work before it (25% of a training step).
+    dw = jnp.einsum(f"{inputs},{outputs}->{weights}", x, g, preferred_element_type=jnp.float32)
+    return dx, dw.astype(w.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square norm over the last axis, computed and returned in fp32 (x [..., D], scale [D])."""
+    x = x.astype(jnp.float32)
+    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return normed * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+
+
+def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles (positions int [..., T]; both fp32 [..., T, 1, H/2])."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[(None,) * positions.ndim]
+    return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+
+
+def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
+    """Rotary embedding in fp32, first half paired with second as in Hugging Face (x [..., T, N, H])."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def block(
+    x: Array,
+    w: dict[str, Array],
+    angles: tuple[Array, Array],
+    attention: Attention,
+    state: Any,
+    c: DecoderConfig,
+) -> tuple[Array, Any]:
+    """One layer: attention, then SwiGLU, each after a norm and added to the residual stream.
+
+    Args:
+        x: residual stream [..., T, D] in the compute dtype.
+        w: one layer's slice of the parameters in `layer_table`.
+        angles: from `rotary_angles`.
+        attention: mixes tokens; see `jaxsearch.models.attention`.
+        state: what the attention keeps for this layer, or None.
+        c: the decoder's config.
+    """
+    y = rms_norm(x, w["attention_norm"], c.rms_eps).astype(c.dtype)
+    q, k, v = (project("TD,DNH->TNH", y, w[name]) for name in "qkv")
+    if c.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], c.rms_eps), rms_norm(k, w["k_norm"], c.rms_eps)
+    q, k = rotate(q, angles).astype(c.dtype), rotate(k, angles).astype(c.dtype)
+    mixed, state = attention(q, k, v, state)
+    x = x + project("TNH,NHD->TD", mixed, w["o"])
+    y = rms_norm(x, w["mlp_norm"], c.rms_eps).astype(c.dtype)
+    gated = jax.nn.silu(project("TD,DF->TF", y, w["gate"])) * project("TD,DF->TF", y, w["up"])
+    return x + project("TF,FD->TD", gated, w["down"]), state
+
+
+class Layers(nnx.Module):
+    """The stacked parameters of all layers, one attribute per name of `layer_table`."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        for name, spec in layer_table(config).items():
+            setattr(self, name, spec.create(rngs))
+
+    def arrays(self) -> dict[str, Array]:
+        """Parameter name -> array [layers, ...]."""
+        return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+
+
+class Decoder(nnx.Module):
+    """The body of a language model: embeddings in, hidden states out; heads and attention are the caller's.
+
+    Parameters: `embedding` [V, D], `final_norm` [D], `unembedding` [V, D] (None where the output is tied),
+    and `layers`, see `layer_table`.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        table = outer_table(config)
+        self.config = config
+        self.embedding = table["embedding"].create(rngs)
+        self.layers = Layers(config, rngs=rngs)
+        self.final_norm = table["final_norm"].create(rngs)
+        self.unembedding = None if config.tied else table["unembedding"].create(rngs)
+
+    def embed(self, tokens: Array) -> Array:
+        """Token embeddings [..., T, D] in the compute dtype (tokens int [..., T]).
+
+        An id beyond the vocabulary gives NaN, so that it cannot pass unseen.
+        """
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(self.config.dtype)
+
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        attention: Attention,
+        state: Any = None,
+        *,
+        return_layers: Literal[False] = False,
+    ) -> tuple[Array, Any]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        attention: Attention,
+        state: Any = None,
+        *,
+        return_layers: Literal[True],
+    ) -> tuple[Array, Any, Array]: ...
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        attention: Attention,
+        state: Any = None,
+        *,
+        return_layers: bool = False,
+    ) -> tuple[Array, Any] | tuple[Array, Any, Array]:
+        """Run all layers and the final norm.
+
+        Args:
+            x: embeddings [..., T, D], of tokens (`embed`) or of anything else.
+            positions: int [..., T], for the rotary embedding alone: the attention knows who sees whom.
+            attention: see `jaxsearch.models.attention`.
+            state: pytree with a leading layer axis, such as a prefix's keys and values.
+            return_layers: also return the residual stream [layers + 1, ..., T, D]: the input of every
+                layer, then the last layer's output *before* the final norm (the last of Hugging Face's
+                `hidden_states` is after it).
+
+        Returns:
+            The hidden states [..., T, D] after the final norm in the compute dtype, the new state stacked
+            over layers, and the residual stream if asked for.
+
+        Raises:
+            InputError: the shapes of x and positions do not fit each other or the config.
+        """
+        c = self.config
+        if x.shape[-1] != c.width or positions.shape != x.shape[:-1]:
+            raise InputError(
+                f"x has shape {x.shape}, positions {positions.shape}: "
+                f"give x [..., T, {c.width}] and positions [..., T]"
+            )
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+
+        def step(x: Array, layer: tuple[dict[str, Array], Any]) -> tuple[Array, tuple[Any, Array | None]]:
+            y, new_state = block(x, layer[0], angles, attention, layer[1], c)
+            return y, (new_state, x if return_layers else None)
+
+        x, (state, inputs) = jax.lax.scan(
+            REMAT[c.remat](step), x.astype(c.dtype), (self.layers.arrays(), state)
+        )
+        hidden = rms_norm(x, self.final_norm[...], c.rms_eps).astype(c.dtype)
+        return (hidden, state, jnp.concatenate([inputs, x[None]])) if return_layers else (hidden, state)
+
+    def _output(self) -> Array:
+        """The output matrix [V, D]: the embedding where the output is tied."""
+        return (self.embedding if self.unembedding is None else self.unembedding)[...]
+
+    def logits(self, hidden: Array) -> Array:
+        """Next-token logits, fp32 [..., V] (hidden [..., D])."""
+        dtype = self.config.dtype
+        rows = self._output().astype(dtype)
+        return jnp.einsum("...D,VD->...V", hidden.astype(dtype), rows, preferred_element_type=jnp.float32)
+
+    def label_rows(self, ids: Sequence[int] | Array) -> Array:
+        """The rows of the output matrix that belong to these token ids, fp32 [len(ids), D].
+
+        Raises:
+            InputError: an id given as a Python integer lies outside the vocabulary.
+        """
+        if not isinstance(ids, jax.Array):
+            for i in ids:
+                if not 0 <= int(i) < self.config.vocab_size:
+                    raise InputError(
+                        f"ids contains {i}: use token ids from 0 to {self.config.vocab_size - 1}"
+                    )
+        return jnp.take(self._output(), jnp.asarray(ids, jnp.int32), axis=0, mode="fill")
+
+
+def with_config(decoder: Decoder, **changes: Any) -> Decoder:
+    """The same parameters (shared, not copied) under other settings of the computation, such as its dtype.
+
+    Raises:
+        InputError: a change would alter what the checkpoint decides.
+    """
+    for name in changes:
+        if name not in ("compute_dtype", "remat"):
+            raise InputError(f"changes contains {name!r}: only compute_dtype and remat can change")
+    changed = nnx.merge(*nnx.split(decoder))
+    changed.config = dataclasses.replace(decoder.config, **changes)
+    return changed

@@ -1,0 +1,1 @@
+"""The one scoring function: a query's prefix once, its items packed beside it, label logits out."""

@@ -1,0 +1,323 @@
+"""Shape buckets: which closed set of shapes may be compiled, and which of them a workload should use.
+
+A shape costs time once, to compile, and padding every time it is used. `plan` weighs the two in FLOPs: lists
+of many lengths share a few shapes when the job is small, and get shapes of their own when it is large.
+"""
+
+import bisect
+import functools
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxsearch.models.decoder import DecoderConfig
+from jaxsearch.scoring.packing import assign_rows
+
+Lengths = Sequence[int]
+_SAMPLE = 32
+
+
+class Shape(NamedTuple):
+    """The sizes of one compiled call."""
+
+    queries: int
+    prefix: int
+    rows: int
+    """Per query."""
+    row_length: int
+
+
+def steps(low: int, high: int) -> tuple[int, ...]:
+    """Powers of two and the halves between them, from `low` to `high`: rounding up adds at most half.
+
+    >>> steps(16, 100)
+    (16, 24, 32, 48, 64, 96)
+    """
+    powers = (1 << i for i in range(high.bit_length()))
+    sizes = {size for power in powers for size in (power, power * 3 // 2)}
+    return tuple(sorted(size for size in sizes if low <= size <= high))
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The closed set: every size is rounded up to one listed here, and nothing else is ever compiled.
+
+    A query with more rows than the largest of `rows` is split over several calls. `tokens` bounds queries x
+    (prefix + rows x row_length) of a call, unless one query alone exceeds it; the default keeps a small
+    model's activations in a CPU's cache, accelerators want more. A row of T tokens holds at most T /
+    `item_length` items. `compile_flops` is the work that one more compilation is worth, by default about a
+    second of a CPU; 0 pads as little as possible at any number of compilations.
+
+    Raises:
+        ValueError: sizes are empty, below 1 or not ascending, or a bound is out of range.
+    """
+
+    prefix: tuple[int, ...] = steps(16, 2048)
+    rows: tuple[int, ...] = steps(1, 64)
+    row_length: tuple[int, ...] = steps(8, 2048)
+    tokens: int = 4096
+    item_length: int = 4
+    compile_flops: float = 3e11
+
+    def __post_init__(self) -> None:
+        for name in ("prefix", "rows", "row_length"):
+            sizes = getattr(self, name)
+            if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+                raise ValueError(f"Buckets.{name} is {sizes}: give ascending sizes of at least 1")
+        for name, least in (("tokens", 1), ("item_length", 1), ("compile_flops", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Buckets.{name} is {getattr(self, name)}: give at least {least}")
+
+    def __contains__(self, shape: Shape) -> bool:
+        """Whether a shape can ever be compiled."""
+        return (
+            shape.prefix in self.prefix
+            and shape.rows in self.rows
+            and shape.row_length in self.row_length
+            and shape.queries in self.queries(shape)
+        )
+
+    def per_row(self, row_length: int) -> int:
+        """How many items a row may hold."""
+        return max(1, row_length // self.item_length)
+
+    def queries(self, shape: Shape) -> tuple[int, ...]:
+        """How many queries a call may hold whose other sizes are those of this shape."""
+        return steps(1, max(1, self.tokens // (shape.prefix + shape.rows * shape.row_length)))
+
+
+class Unit(NamedTuple):
+    """Some items of one query, which go through one call together with its prefix."""
+
+    query: int
+    items: NDArray
+    """int [n], places in the query's list."""
+    rows: NDArray
+    """int [n], each item's row in the call."""
+    columns: NDArray
+    """int [n], where in its row each item starts."""
+    shape: Shape
+    """What these items need; `queries` is 1."""
+
+
+class Call(NamedTuple):
+    """One run of a compiled shape, with at most `shape.queries` units."""
+
+    shape: Shape
+    units: list[Unit]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a decoder's calls cost in FLOPs; masked tokens and keys count, since they are computed too."""
+
+    config: DecoderConfig
+    tokens: int
+    """`Buckets.tokens`."""
+
+    def token(self, keys: int) -> float:
+        """One token that is compared with so many keys."""
+        c = self.config
+        linear = 4 * c.width * (c.heads + c.kv_heads) * c.head_dim + 6 * c.width * c.mlp_width
+        # Measured on a CPU, the softmax of one score takes the time of some 400 FLOPs of matmul.
+        return c.layers * (linear + keys * c.heads * (4 * c.head_dim + 400))
+
+    def query(self, shape: Shape) -> float:
+        """One query of a call: its prefix, its rows, and its share of what any call costs (about 1 ms)."""
+        prefix = shape.prefix * self.token(shape.prefix)
+        rows = shape.rows * shape.row_length * self.token(shape.prefix + shape.row_length)
+        return prefix + rows + 3e8 * min(1, (shape.prefix + shape.rows * shape.row_length) / self.tokens)
+
+
+def plan(
+    prefixes: Lengths,
+    items: Sequence[Lengths],
+    *,
+    buckets: Buckets,
+    config: DecoderConfig,
+    compiled: Collection[Shape] = (),
+) -> list[Call]:
+    """The calls that score these queries at the least cost, compilation included.
+
+    Args:
+        prefixes: each query's number of prefix tokens.
+        items: each query's numbers of tokens per item; a query without items needs no call.
+        buckets: the closed set.
+        config: of the decoder.
+        compiled: shapes that cost nothing more to compile.
+
+    Raises:
+        ValueError: a length is 0 or beyond the largest bucket; the message names query and item.
+    """
+    for query, (prefix, lengths) in enumerate(zip(prefixes, items, strict=True)):
+        _check_length(f"query {query}: its prefix", prefix, buckets.prefix[-1])
+        for item, length in enumerate(lengths):
+            _check_length(f"query {query}, item {item}", length, buckets.row_length[-1])
+    busy = [query for query, lengths in enumerate(items) if lengths]
+    if not busy:
+        return []
+    cost = Cost(config, buckets.tokens)
+    sample = busy[:: math.ceil(len(busy) / _SAMPLE)]
+    row_length, rows = _choose(
+        [prefixes[query] for query in sample],
+        [items[query] for query in sample],
+        len(busy) / len(sample),
+        buckets,
+        cost,
+        compiled,
+    )
+    units = [u for q in busy for u in _units(q, prefixes[q], items[q], row_length, rows, buckets)]
+    return _calls(units, buckets, cost, compiled)
+
+
+def _choose(
+    prefixes: Lengths,
+    items: Sequence[Lengths],
+    factor: float,
+    buckets: Buckets,
+    cost: Cost,
+    compiled: Collection[Shape],
+) -> tuple[int | None, int]:
+    """The row length to pack into (None: one item per row) and the most rows per call, the cheapest pair.
+
+    Looks at a sample of queries; `factor` is how many there are for each of the sample.
+    """
+    known = {shape._replace(queries=1) for shape in compiled}
+    tokens, heads = sum(map(sum, items)), sum(prefix * cost.token(prefix) for prefix in prefixes)
+    best: tuple[float, int | None, int] = (math.inf, None, 1)
+    for row_length in (None, *buckets.row_length):
+        if row_length and factor * (heads + tokens * cost.token(min(prefixes) + row_length)) >= best[0]:
+            break  # not even without padding, and in longer rows a token meets more keys
+        placed = [_place(lengths, row_length, buckets) for lengths in items]
+        longest = _round_up(min(max(len(p.longest) for p in placed), buckets.rows[-1]), buckets.rows)
+        for most in (rows for rows in buckets.rows if rows <= longest):
+            counts: dict[Shape, int] = defaultdict(int)
+            for prefix, placement in zip(prefixes, placed, strict=True):
+                for shape in placement.shapes(_round_up(prefix, buckets.prefix), most, buckets):
+                    counts[shape] += 1
+            one = functools.reduce(_join, counts)
+            for shapes in (counts, {one: sum(counts.values())}):
+                total = sum(
+                    factor * count * cost.query(shape) + buckets.compile_flops * (shape not in known)
+                    for shape, count in shapes.items()
+                )
+                best = min(best, (total, row_length, most), key=lambda option: option[0])
+    return best[1:]
+
+
+class _Placement(NamedTuple):
+    """A query's items in order of their rows."""
+
+    order: NDArray
+    """int [L], places in the query's list."""
+    rows: NDArray
+    """int [L], ascending."""
+    columns: NDArray
+    """int [L]."""
+    longest: NDArray
+    """int [rows], the length that each row needs, ascending."""
+
+    def shapes(self, prefix: int, most: int, buckets: Buckets) -> list[Shape]:
+        """What calls of at most `most` rows need, one shape per call."""
+        ends = [*range(most, len(self.longest), most), len(self.longest)]
+        return [
+            Shape(
+                1,
+                prefix,
+                _round_up(end - start, buckets.rows),
+                _round_up(int(self.longest[end - 1]), buckets.row_length),
+            )
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+
+
+def _place(lengths: Lengths, row_length: int | None, buckets: Buckets) -> _Placement:
+    """Items packed into rows (of the next longer kind where an item needs it), or one per row."""
+    sizes = np.asarray(lengths)
+    if row_length is None:
+        order = np.argsort(sizes, kind="stable")
+        return _Placement(order, np.arange(len(sizes)), np.zeros_like(sizes), sizes[order])
+    row_length = max(row_length, _round_up(max(lengths), buckets.row_length))
+    rows, columns = assign_rows(sizes, row_length, most=buckets.per_row(row_length))
+    order = np.argsort(rows, kind="stable")
+    return _Placement(order, rows[order], columns[order], np.full(rows.max() + 1, row_length))
+
+
+def _units(
+    query: int, prefix: int, lengths: Lengths, row_length: int | None, most: int, buckets: Buckets
+) -> list[Unit]:
+    """A query's items, placed and cut into calls of at most so many rows."""
+    placement = _place(lengths, row_length, buckets)
+    units = []
+    for call, shape in enumerate(placement.shapes(_round_up(prefix, buckets.prefix), most, buckets)):
+        inside = placement.rows // most == call
+        rows = placement.rows[inside] - call * most
+        units.append(Unit(query, placement.order[inside], rows, placement.columns[inside], shape))
+    return units
+
+
+def _calls(units: list[Unit], buckets: Buckets, cost: Cost, compiled: Collection[Shape]) -> list[Call]:
+    """Units put together into calls of as few shapes as pays off."""
+    groups: dict[Shape, list[Unit]] = defaultdict(list)
+    for unit in units:
+        groups[unit.shape].append(unit)
+    known = {shape._replace(queries=1) for shape in compiled}
+    for shape in known:
+        groups.setdefault(shape, [])
+
+    def total(shape: Shape, count: int) -> float:
+        return count * cost.query(shape) + buckets.compile_flops * (count > 0 and shape not in known)
+
+    def gain(one: Shape, two: Shape) -> float:
+        n, m = len(groups[one]), len(groups[two])
+        return total(one, n) + total(two, m) - total(_join(one, two), n + m)
+
+    # As long as it pays, the two groups that gain most share the smallest shape that holds both.
+    gains = {(a, b): gain(a, b) for a, b in itertools.combinations(groups, 2) if groups[a] or groups[b]}
+    while gains and gains[pair := max(gains, key=lambda p: gains[p])] > 0:
+        shape = _join(*pair)
+        changed = {*pair, shape}
+        members = [unit for one in changed for unit in groups.pop(one, [])]
+        gains = {p: g for p, g in gains.items() if changed.isdisjoint(p)}
+        others = list(groups)
+        groups[shape] = members
+        gains |= {(shape, other): gain(shape, other) for other in others}
+
+    calls = []
+    for shape, members in groups.items():
+        if members:
+            queries = _queries(shape, len(members), buckets, cost, compiled)
+            for start in range(0, len(members), queries):
+                calls.append(Call(shape._replace(queries=queries), members[start : start + queries]))
+    return calls
+
+
+def _queries(shape: Shape, count: int, buckets: Buckets, cost: Cost, compiled: Collection[Shape]) -> int:
+    """How many queries each call should hold, so that `count` of them cost least."""
+
+    def total(queries: int) -> float:
+        new = shape._replace(queries=queries) not in compiled
+        return math.ceil(count / queries) * queries * cost.query(shape) + new * buckets.compile_flops
+
+    return min(reversed(buckets.queries(shape)), key=total)
+
+
+def _join(one: Shape, two: Shape) -> Shape:
+    """The smallest shape that holds what either holds."""
+    return Shape(*map(max, one, two))
+
+
+def _round_up(size: int, sizes: tuple[int, ...]) -> int:
+    """The smallest of the ascending sizes that is large enough."""
+    return sizes[bisect.bisect_left(sizes, size)]
+
+
+def _check_length(what: str, length: int, limit: int) -> None:
+    if not 1 <= length <= limit:
+        raise ValueError(f"{what} has {length} tokens: give 1 to {limit}, the largest of the Buckets")

@@ -1,0 +1,155 @@
+"""Packing: the items of a query into rows of a fixed length, on the host.
+
+Several items may share a row; segments keep them apart, so that an item's score does not depend on its
+neighbours, its row or its place (`jaxsearch.models.attention.PrefixPacked`). One item per row is the special
+case that suits items of like length: nothing is gained by sharing there, and each token meets fewer keys.
+
+Axes: B queries, R rows per query, T tokens per row, L items per query.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray | jax.Array  # numpy as packed, jax once inside a jitted function
+
+
+class PackedItems(NamedTuple):
+    """Packed token items, a pytree of arrays."""
+
+    tokens: Array
+    """int32 [B, R, T], 0 where padded."""
+    segments: Array
+    """int32 [B, R, T], 1, 2, ... for the items of a row in order, 0 for padding."""
+    offsets: Array
+    """int32 [B, R, T], the token's place inside its item."""
+    last: Array
+    """int32 [B, L, 2], row and column of each item's last token; (0, 0) where there is no item."""
+    where: Array
+    """bool [B, L], the items that exist."""
+
+
+def assign_rows(
+    lengths: Sequence[int] | NDArray, row_length: int, *, most: int | None = None, one_per_row: bool = False
+) -> tuple[NDArray, NDArray]:
+    """Each item's row and first column: first fit, longest items first (equal ones in order).
+
+    First-fit decreasing needs at most 11/9 of the best number of rows, plus one (Dosa, "The Tight Bound of
+    First Fit Decreasing Bin-Packing Algorithm", 2007). The items of any subset of its rows, packed again
+    alone, fill the same number of rows: a query can be split by rows.
+
+    Args:
+        lengths: int [L], none above `row_length`.
+        row_length: T.
+        most: how many items a row may hold; default: no limit.
+        one_per_row: give each item a row of its own, in the order given.
+
+    Returns:
+        Two int arrays [L].
+    """
+    if one_per_row:
+        return np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
+    sizes = np.asarray(lengths).tolist()
+    rows, columns = [0] * len(sizes), [0] * len(sizes)
+    used: list[int] = []
+    held: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        free = row_length - sizes[item]
+        row = next((r for r, taken in enumerate(used) if taken <= free), len(used))
+        if row == len(used):
+            used.append(0)
+            held.append(0)
+        rows[item], columns[item] = row, used[row]
+        held[row] += 1
+        used[row] = row_length if held[row] == most else used[row] + sizes[item]
+    return np.array(rows, np.int64), np.array(columns, np.int64)
+
+
+def pack_items(
+    items: Sequence[Sequence[Sequence[int]]],
+    *,
+    row_length: int,
+    rows: int | None = None,
+    slots: int | None = None,
+    one_per_row: bool = False,
+) -> PackedItems:
+    """Pack each query's items into rows.
+
+    Args:
+        items: items[query][item] is a sequence of at least one token id. A query may have no items.
+        row_length: T.
+        rows: R; default: what the fullest query needs, at least 1.
+        slots: L, room for items; default: what the longest list needs, at least 1.
+        one_per_row: give each item a row of its own.
+
+    Raises:
+        ValueError: an item is empty or longer than a row, or the rows or slots do not suffice; the message
+            names query, item and sizes.
+    """
+    sizes = [np.fromiter(map(len, query), np.int64, len(query)) for query in items]
+    for index, sizes_of_query in enumerate(sizes):
+        bad = np.flatnonzero((sizes_of_query > row_length) | (sizes_of_query == 0))
+        if bad.size:
+            what = f"query {index}, item {bad[0]} has {sizes_of_query[bad[0]]} tokens: "
+            raise ValueError(what + f"items need 1 to row_length={row_length}; shorten it or use longer rows")
+    places = [assign_rows(lengths, row_length, one_per_row=one_per_row) for lengths in sizes]
+    needed_rows = max((int(row.max()) + 1 for row, _ in places if row.size), default=1)
+    needed_slots = max([1, *map(len, items)])
+    for name, given, needed in (("rows", rows, needed_rows), ("slots", slots, needed_slots)):
+        if given is not None and given < needed:
+            raise ValueError(f"{name} is {given}: these items need {needed}; give more or split the query")
+    return place_items(
+        items, places, row_length=row_length, rows=rows or needed_rows, slots=slots or needed_slots
+    )
+
+
+def place_items(
+    items: Sequence[Sequence[Sequence[int]]],
+    places: Sequence[tuple[NDArray, NDArray]],
+    *,
+    row_length: int,
+    rows: int,
+    slots: int,
+) -> PackedItems:
+    """Write items to the rows and first columns given for each query (int [L] both), which must hold them."""
+    b, r, t = len(items), rows, row_length
+    packed = PackedItems(
+        tokens=np.zeros((b, r, t), np.int32),
+        segments=np.zeros((b, r, t), np.int32),
+        offsets=np.zeros((b, r, t), np.int32),
+        last=np.zeros((b, slots, 2), np.int32),
+        where=np.zeros((b, slots), bool),
+    )
+    counts = [len(query) for query in items]
+    if not sum(counts):
+        return packed
+    lengths = np.fromiter((len(item) for query in items for item in query), np.int64, sum(counts))
+    query = np.repeat(np.arange(b), counts)
+    slot = np.concatenate([np.arange(count) for count in counts])
+    row = np.concatenate([row for row, _ in places])
+    column = np.concatenate([column for _, column in places])
+
+    # Where each token goes, one entry per token.
+    offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    place = np.repeat((query * r + row) * t + column, lengths) + offset
+    flat = chain.from_iterable(chain.from_iterable(items))
+    packed.tokens.reshape(-1)[place] = np.fromiter(flat, np.int32, len(place))
+    packed.offsets.reshape(-1)[place] = offset
+    packed.segments.reshape(-1)[place] = np.repeat(_rank_in_row(query * r + row, column), lengths)
+    packed.last[query, slot] = np.stack([row, column + lengths - 1], axis=1)
+    packed.where[query, slot] = True
+    return packed
+
+
+def _rank_in_row(row: NDArray, column: NDArray) -> NDArray:
+    """1, 2, ... for the items of each row by column (row and column int [items])."""
+    order = np.lexsort((column, row))
+    ordered = row[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    rank = np.empty(len(row), np.int64)
+    rank[order] = 1 + np.arange(len(row)) - np.repeat(starts, np.diff(np.r_[starts, len(row)]))
+    return rank

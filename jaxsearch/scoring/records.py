@@ -1,0 +1,167 @@
+"""From records to scores: prompts, tokens and the prefill function behind one call. Evaluation, labelling and serving use it."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsearch.data.prompts import PromptConfig, PromptRoom
+from jaxsearch.data.records import Document, Query
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.models.scorer import BiEncoder, Scorer
+from jaxsearch.scoring.prefill import Buckets, PrefillScorer, steps
+
+JUDGE_LABELS = ("0", "1", "2", "3", "4")
+RANKER_LABELS = ("Yes", "No")
+
+
+class RecordScorer:
+    """Scores documents of one corpus for queries.
+
+    Args:
+      scorer: judge, teacher or ranker.
+      tokenizer: its tokenizer.
+      prompt: its template.
+      documents: the corpus; their tokens are made once.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        prompt: PromptConfig,
+        documents: Sequence[Document],
+        *,
+        buckets: Buckets | None = None,
+    ):
+        self.room = PromptRoom(tokenizer, prompt)
+        self.documents = documents
+        parts = self.room.documents(documents)
+        self.truncated = np.array([part.truncated for part in parts])
+        """int [M], tokens cut off each document's end."""
+        self._document_tokens = [part.ids for part in parts]
+        self.prefill = PrefillScorer(scorer, buckets=buckets)
+
+    def items(
+        self, query: Query, rows: np.ndarray, positions: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Token ids of the items (document + pair + suffix) for one query."""
+        texts = [
+            self.room.pair_text(query, self.documents[row], None if positions is None else positions[i])
+            for i, row in enumerate(rows)
+        ]
+        pairs = self.room.pairs(texts)
+        return [
+            self._document_tokens[row] + pair + self.room.suffix
+            for row, pair in zip(rows, pairs, strict=True)
+        ]
+
+    def __call__(
+        self,
+        queries: Sequence[Query],
+        candidates: Sequence[np.ndarray],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Label logits, one fp32 [L, C] per query.
+
+        Args:
+          queries: B queries.
+          candidates: for each query, rows of its documents.
+          progress: called with the number of queries done since the last call.
+        """
+        results: list[np.ndarray] = []
+        for start in range(0, len(queries), 256):
+            chunk = queries[start : start + 256]
+            lists = [
+                self.items(q, rows) for q, rows in zip(chunk, candidates[start : start + 256], strict=True)
+            ]
+            results += self.prefill.score_lists(self.room.prefixes(chunk), lists)
+            if progress is not None:
+                progress(len(chunk))
+        return results
+
+
+def relevance_log_odds(logits: np.ndarray) -> np.ndarray:
+    """A ranker's log p(Yes) - log p(No), fp32 [L] (logits [L, 2 + A])."""
+    return logits[..., 0] - logits[..., 1]
+
+
+def action_log_odds(logits: np.ndarray) -> np.ndarray:
+    """A ranker's log-odds per action, fp32 [L, A] (logits [L, 2 + A])."""
+    return logits[..., len(RANKER_LABELS) :]
+
+
+def grade_probabilities(logits: np.ndarray) -> np.ndarray:
+    """A judge's probabilities of the grades 0 to 4, fp32 [L, 5]."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def expected_grade(logits: np.ndarray) -> np.ndarray:
+    """A judge's mean grade, fp32 [L] in [0, 4] (logits [L, 5])."""
+    return grade_probabilities(logits) @ np.arange(5, dtype=np.float32)
+
+
+class Embedder:
+    """Embeds texts with a bi-encoder through a closed set of shapes.
+
+    Args:
+      encoder: both towers.
+      tokenizer: its tokenizer.
+      query_prompt: template of the query tower.
+      document_prompt: template of the document tower.
+      tokens: about how many tokens one call holds.
+    """
+
+    def __init__(
+        self,
+        encoder: BiEncoder,
+        tokenizer: Tokenizer,
+        query_prompt: PromptConfig,
+        document_prompt: PromptConfig,
+        *,
+        tokens: int = 8192,
+    ):
+        self._query_room = PromptRoom(tokenizer, query_prompt)
+        self._document_room = PromptRoom(tokenizer, document_prompt)
+        graphdef, self._state = nnx.split(encoder)
+        self._tokens = tokens
+        self._width = encoder.decoder.config.width
+        self._lengths = steps(8, 8192)
+
+        def run(state: nnx.State, tokens: jax.Array, where: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, state)(tokens, where)
+
+        self._run = jax.jit(run)
+
+    def queries(self, queries: Sequence[Query]) -> np.ndarray:
+        """fp32 [B, D], rows of length 1."""
+        return self._embed(self._query_room.prefixes(queries))
+
+    def documents(self, documents: Sequence[Document]) -> np.ndarray:
+        """fp32 [M, D], rows of length 1."""
+        return self._embed([part.ids for part in self._document_room.documents(documents)])
+
+    def _embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        result = np.zeros((len(texts), self._width), np.float32)
+        order = np.argsort([len(ids) for ids in texts], kind="stable")
+        start = 0
+        while start < len(order):
+            # Sorted by length: the last text of a group decides its shape, the first one is not much shorter.
+            length = self._round(len(texts[order[start]]))
+            rows = max(self._tokens // length, 1)
+            group = [i for i in order[start : start + rows] if len(texts[i]) <= length]
+            tokens, where = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+            for row, i in enumerate(group):
+                tokens[row, : len(texts[i])] = texts[i]
+                where[row, : len(texts[i])] = True
+            result[group] = np.asarray(self._run(self._state, jnp.asarray(tokens), jnp.asarray(where)))[
+                : len(group)
+            ]
+            start += len(group)
+        return result
+
+    def _round(self, length: int) -> int:
+        return next((size for size in self._lengths if size >= length), length)

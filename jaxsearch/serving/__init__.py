@@ -1,0 +1,1 @@
+"""Everything around a trained funnel: the bundle, batch ranking, the command line."""

@@ -1,0 +1,122 @@
+"""Batch ranking: a file of queries in, rankings out as JSON lines and as a TREC run; resumable, each file whole or not at all."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jaxsearch.data.jsonl import read_records, write_lines
+from jaxsearch.data.records import Query, unique_ids
+from jaxsearch.errors import InputError
+from jaxsearch.serving.bundle import Bundle
+
+META, RANKINGS, TREC = "batch.json", "rankings.jsonl", "run.trec"
+PART = 256
+"""Queries per part file: what an interruption costs at most."""
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What one run did."""
+
+    queries: int
+    resumed: int
+    """Queries that an earlier run had ranked."""
+
+
+def rank_file(
+    bundle: Bundle, queries_file: str | Path, output: str | Path, *, depth: int = 50, top: int = 10
+) -> BatchReport:
+    """Rank every query of a JSONL file.
+
+    Args:
+      bundle: an opened bundle.
+      queries_file: one `Query` a line.
+      output: folder for `rankings.jsonl` and `run.trec`.
+      depth: candidates retrieved and ranked per query.
+      top: results written per query.
+
+    Raises:
+      InputError: bad queries, numbers below 1, or an output folder that holds results of something else.
+    """
+    for name, value in (("depth", depth), ("top", top)):
+        if value < 1:
+            raise InputError(f"{name} is {value}: use at least 1")
+    queries = read_records(queries_file, Query)
+    unique_ids(queries)
+    folder = Path(output)
+    parts = folder / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(Path(queries_file).read_bytes()).hexdigest()
+    _same_job(folder, {"bundle": bundle.hash, "queries_sha256": digest, "depth": depth, "top": top})
+    resumed = 0
+    files = []
+    with tqdm(total=len(queries), desc="ranking", unit="query") as bar:
+        for number in range(-(-len(queries) // PART)):
+            part = queries[number * PART : (number + 1) * PART]
+            files.append(parts / f"part-{number:05d}.jsonl")
+            if files[-1].is_file():
+                resumed += len(part)
+                bar.update(len(part))
+                continue
+            ranked = bundle.rank(part, depth=depth, progress=bar.update)
+            write_lines(
+                files[-1],
+                (_row(bundle, query, results[:top]) for query, results in zip(part, ranked, strict=True)),
+            )
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    write_lines(folder / RANKINGS, rows)
+    _write_trec(folder / TREC, rows)
+    return BatchReport(len(queries), resumed)
+
+
+def _row(bundle: Bundle, query: Query, results: list) -> dict:
+    return {
+        "query_id": query.id,
+        "results": [
+            {
+                "document_id": bundle.documents[result.row].id,
+                "rank": rank,
+                "score": result.score,
+                "relevance": result.relevance,
+                "actions": result.actions,
+            }
+            for rank, result in enumerate(results, start=1)
+        ],
+    }
+
+
+def _write_trec(path: Path, rows: list[dict]) -> None:
+    """`query Q0 document rank score tag`; the score falls strictly, so that tools which sort by it keep our order of ties."""
+    lines = []
+    for row in rows:
+        for result in row["results"]:
+            for name in (row["query_id"], result["document_id"]):
+                if len(name.split()) != 1:
+                    raise InputError(
+                        f"id {name!r} holds white space, which a TREC run cannot: use ids without"
+                    )
+            tie = 1e-9 * result["rank"]
+            lines.append(
+                f"{row['query_id']} Q0 {result['document_id']} {result['rank']} {result['score'] - tie:.10f} jaxsearch\n"
+            )
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _same_job(folder: Path, job: dict[str, object]) -> None:
+    path = folder / META
+    if path.is_file():
+        there = json.loads(path.read_text())
+        if differing := [name for name in job if there.get(name) != job[name]]:
+            raise InputError(
+                f"{folder} holds results made with another {', '.join(differing)}: give another --output, or delete it"
+            )
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(job, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,192 @@
+"""What every task starts from: data, tokenizer and initial decoder by config; the export of a model with its contract."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxsearch.config import ConfigError
+from jaxsearch.data import tokenizer as tokenizers
+from jaxsearch.data.datasets import Dataset, load_dataset
+from jaxsearch.data.prompts import PromptConfig, PromptRoom
+from jaxsearch.data.records import Query
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.metrics import mrr, ndcg, poor_match_rate_at_k
+from jaxsearch.models import contract as contracts
+from jaxsearch.models.decoder import Decoder, DecoderConfig
+from jaxsearch.models.presets import preset
+from jaxsearch.models.weights import gguf, huggingface
+from jaxsearch.retrieval.bm25 import Bm25, document_text
+
+EVALUATION_DEPTH = 50
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data set and where it is kept."""
+
+    name: str = "job_market:tiny"
+    """`job_market:tiny`, `job_market:default`, `job_market:long` or `onet_jobs` (needs ONET_DIR once)."""
+    dir: str = ""
+    """Folder of prepared data; empty for TFDS's own (~/tensorflow_datasets)."""
+    max_queries: int = 0
+    """Training queries in use, the first ones by id; 0 for all."""
+    eval_queries: int = 100
+    """Dev queries in an evaluation."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Size and start of a model."""
+
+    preset: str = "tiny"
+    """A name of `models.presets.PRESETS`; with `init_from` the checkpoint's own sizes are taken instead."""
+    init_from: str = ""
+    """Start from the decoder of a model folder of ours, of a Hugging Face folder, or of a .gguf file; empty: at random."""
+    layers: int = 0
+    """Keep only so many of the first layers of `init_from`; 0 keeps all."""
+    tokenizer: str = ""
+    """Folder with a tokenizer.json (such as another run's model folder). Empty: that of `init_from`; without one, a small BPE
+    trained on the data set's text."""
+    vocab_size: int = 2048
+    """Of the small BPE."""
+    compute_dtype: str = "float32"
+    """"float32" or "bfloat16"; parameters, norms and softmax stay fp32."""
+    remat: str = ""
+    """What a layer keeps for the backward pass: "none" keeps all, "dots" the projections, "full" its input only; empty: the preset's
+    own choice."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The tokenizer and decoder that a task begins with."""
+
+    tokenizer: Tokenizer
+    architecture: DecoderConfig
+    weights: Decoder | None
+    """None: random."""
+
+
+def load_start(config: ModelConfig, data: Dataset) -> Start:
+    """Tokenizer, sizes and weights as the config says.
+
+    Raises:
+      ConfigError: the checkpoint is nowhere, or the layers are more than it has.
+    """
+    changes = {"compute_dtype": config.compute_dtype} | ({"remat": config.remat} if config.remat else {})
+    if not config.init_from:
+        found = (
+            Tokenizer.load(config.tokenizer) if config.tokenizer else train_tokenizer(data, config.vocab_size)
+        )
+        sizes = preset(config.preset)
+        return Start(
+            found,
+            dataclasses.replace(sizes, vocab_size=max(found.vocab_size, _least(config)), **changes),
+            None,
+        )
+    decoder, found = _load_checkpoint(Path(config.init_from))
+    if config.tokenizer:
+        found = Tokenizer.load(config.tokenizer)
+    if found.vocab_size > decoder.config.vocab_size:
+        raise ConfigError(
+            f"model.tokenizer has {found.vocab_size} tokens, {config.init_from} only {decoder.config.vocab_size}: use the checkpoint's own"
+        )
+    if config.layers:
+        decoder = first_layers(decoder, config.layers)
+    architecture = dataclasses.replace(decoder.config, **changes)
+    return Start(found, architecture, decoder)
+
+
+def _least(config: ModelConfig) -> int:
+    """Vocabulary rows of the published presets stay as published, so that their checkpoints fit."""
+    return 0 if config.preset.startswith("tiny") else preset(config.preset).vocab_size
+
+
+def _load_checkpoint(path: Path) -> tuple[Decoder, Tokenizer]:
+    if path.suffix == ".gguf":
+        return gguf.load_decoder(path), Tokenizer(gguf.load_tokenizer(path))
+    if (path / contracts.CONTRACT_FILE).is_file():
+        model = contracts.load_model(path)
+        return model.module.decoder, model.tokenizer
+    if (path / "config.json").is_file():
+        return huggingface.load_decoder(path), Tokenizer.load(path)
+    raise ConfigError(
+        f"model.init_from is {str(path)!r}: give a model folder of a finished run, a Hugging Face folder or a .gguf file"
+    )
+
+
+def first_layers(decoder: Decoder, layers: int) -> Decoder:
+    """A decoder of the first `layers` layers, with the same embeddings and final norm."""
+    if not 1 <= layers <= decoder.config.layers:
+        raise ConfigError(f"model.layers is {layers}: the checkpoint has {decoder.config.layers}")
+    shorter = nnx.eval_shape(
+        lambda: Decoder(dataclasses.replace(decoder.config, layers=layers), rngs=nnx.Rngs(0))
+    )
+    kept = jax.tree.map(lambda old, new: old[: new.shape[0]], nnx.state(decoder), nnx.state(shorter))
+    return nnx.merge(nnx.graphdef(shorter), kept)
+
+
+def train_tokenizer(data: Dataset, vocab_size: int) -> Tokenizer:
+    """A small BPE on the training queries and on the documents that training may see."""
+    hidden = set(data.held_out.tolist())
+    texts = [
+        " ".join(document.fields.values()) for row, document in enumerate(data.documents) if row not in hidden
+    ]
+    texts += [" ".join([query.text, *query.searcher.values()]) for query in data.queries["train"]]
+    return tokenizers.train(texts, vocab_size)
+
+
+def check_prompt(prompt: PromptConfig, tokenizer: Tokenizer) -> PromptRoom:
+    """The prompt's room; a chat format that the tokenizer lacks is a `ConfigError`."""
+    try:
+        return PromptRoom(tokenizer, prompt)
+    except ValueError as error:
+        raise ConfigError(f"task.prompt: {error}") from error
+
+
+def open_data(config: DataConfig) -> Dataset:
+    """The configured data set with `max_queries` applied."""
+    data = load_dataset(config.name, config.dir or None)
+    if config.max_queries:
+        data = dataclasses.replace(data, pairs=data.pairs[: config.max_queries])
+    return data
+
+
+def evaluation_lists(data: Dataset, split: str, queries: int) -> tuple[list[Query], list[np.ndarray]]:
+    """The first queries of a split and the candidates to rank: the data set's own lists, else BM25's first 50."""
+    chosen = list(data.queries[split])[:queries]
+    if data.rerank:
+        return chosen, [data.rerank[query.id] for query in chosen]
+    found, _ = Bm25.build([document_text(document) for document in data.documents]).search(
+        [query.text for query in chosen], EVALUATION_DEPTH
+    )
+    return chosen, [row[row >= 0] for row in found]
+
+
+def ranking_metrics(
+    data: Dataset, queries: list[Query], candidates: list[np.ndarray], scores: list[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """NDCG@10 (gain 2^grade - 1, ideal over all graded documents), poor-match rate@10 and MRR of grade 4, one value per query [Q].
+
+    Candidates without a place in a list count as nothing: a relevant document that is not among them is a loss.
+    """
+    width = max([10, *map(len, candidates)])
+    padded = np.full((len(queries), width), -1, np.int64)
+    values = np.zeros(padded.shape)
+    for i, (rows, found) in enumerate(zip(candidates, scores, strict=True)):
+        padded[i, : len(rows)] = rows
+        values[i, : len(rows)] = found
+    where = padded >= 0
+    grades = np.array([data.grades(query, row) for query, row in zip(queries, padded, strict=True)])
+    ideal = [sorted(data.graded[query.id].values(), reverse=True)[:10] for query in queries]
+    best = np.array([row + [0] * (10 - len(row)) for row in ideal])
+    return {
+        "ndcg@10": ndcg(
+            values, grades, where=where, k=10, ideal_grades=best, ideal_where=np.ones(best.shape, bool)
+        ),
+        "poor_match@10": poor_match_rate_at_k(values, grades, where=where, k=10),
+        "mrr": mrr(values, grades, where=where),
+    }

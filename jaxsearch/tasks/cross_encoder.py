@@ -1,0 +1,228 @@
+"""What judge, teachers and ranker share: a batch is a few queries with their candidates, read at the answer position.
+
+Training goes through the same prefill as scoring (`scoring.prefill.answer_hidden`), so that a query's prefix is computed once for all
+of its candidates in training too. Axes: B queries, L candidates, C labels and actions.
+"""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsearch.config import ConfigError, TaskConfig, TrainConfig, to_dict
+from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.data.score_store import StoreMeta, read_scores
+from jaxsearch.models.contract import Contract, Golden, save_model
+from jaxsearch.models.scorer import Scorer
+from jaxsearch.scoring.packing import PackedItems, pack_items
+from jaxsearch.scoring.prefill import answer_hidden, pad_prefixes
+from jaxsearch.scoring.records import JUDGE_LABELS, RANKER_LABELS, RecordScorer
+from jaxsearch.tasks.base import (
+    DataConfig,
+    ModelConfig,
+    check_prompt,
+    evaluation_lists,
+    load_start,
+    ranking_metrics,
+)
+from jaxsearch.training.step import Batch
+from jaxsearch.training.task import Task
+
+
+@dataclass(frozen=True)
+class CrossEncoderConfig(TaskConfig):
+    """Fields of every task that reads query and document together."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data set."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Size and start."""
+    prompt: PromptConfig = field(default_factory=lambda: PromptConfig("ranker"))
+    """Prompt template."""
+    candidates: int = 16
+    """Candidates of one query in a batch (L)."""
+
+
+class Example(NamedTuple):
+    """One training query with all that may be drawn as its candidates."""
+
+    query: int
+    documents: np.ndarray
+    """int32 [n], rows."""
+    targets: dict[str, np.ndarray]
+    """Target name -> [n, ...]; NaN where there is none."""
+    positions: np.ndarray | None = None
+    """int [n], places on the page; None: the serving position."""
+
+
+class CrossEncoderTask(Task):
+    """Base of the tasks; a subclass says what the examples and the loss are."""
+
+    kind = "ranker"
+
+    def __init__(
+        self, config: CrossEncoderConfig, train: TrainConfig, data: Dataset, actions: Sequence[str] = ()
+    ):
+        self.config, self.data, self.actions = config, data, tuple(actions)
+        self.start = load_start(config.model, data)
+        self.room = check_prompt(config.prompt, self.start.tokenizer)
+        names = JUDGE_LABELS if self.kind == "judge" else RANKER_LABELS
+        self.labels = {name: self.start.tokenizer.label(name) for name in names}
+        self.examples = self.make_examples()
+        if not self.examples:
+            raise ConfigError(f"data {config.data.name} has no training examples for {type(self).__name__}")
+        self._queries = data.queries["train"]
+        self._prefixes = self.room.prefixes(self._queries)
+        self._documents = [part.ids for part in self.room.documents(data.documents)]
+        self._prefix_length = max(map(len, self._prefixes))
+        self._row_length = self._longest_item()
+
+    @abc.abstractmethod
+    def make_examples(self) -> list[Example]:
+        """The training examples."""
+
+    def _longest_item(self) -> int:
+        """T: the longest document with suffix, and room for a typical pair part with some digits more."""
+        pair = 0
+        if self.config.prompt.features:
+            example = self.examples[0]
+            texts = [
+                self.room.pair_text(self._queries[example.query], self.data.documents[row], 10)
+                for row in example.documents
+            ]
+            pair = max(map(len, self.room.pairs(texts))) + 4
+        return max(map(len, self._documents)) + pair + len(self.room.suffix)
+
+    def init(self, rngs: nnx.Rngs) -> nnx.Module:
+        """A `Scorer` that starts as the config says."""
+        scorer = Scorer(
+            self.start.architecture,
+            label_ids=list(self.labels.values()),
+            actions=len(self.actions),
+            rngs=rngs,
+        )
+        if self.start.weights is not None:
+            nnx.update(scorer.decoder, nnx.state(self.start.weights))
+        return scorer
+
+    @property
+    def num_examples(self) -> int:
+        """Training queries."""
+        return len(self.examples)
+
+    def example_ids(self, indices: np.ndarray) -> list[str]:
+        """Query ids."""
+        return [self._queries[self.examples[i].query].id for i in indices]
+
+    def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
+        """prefix, items (one per row) and targets [B, L, ...] of these queries; candidates are drawn anew each time."""
+        slots = self.config.candidates
+        items: list[list[list[int]]] = []
+        targets: dict[str, np.ndarray] = {}
+        for i, (index, rng) in enumerate(zip(indices, rngs, strict=True)):
+            example = self.examples[index]
+            chosen = self.choose(example, slots, rng)
+            items.append(self._items(example, chosen))
+            for name, values in example.targets.items():
+                if name not in targets:
+                    targets[name] = np.full((len(indices), slots, *values.shape[1:]), np.nan, np.float32)
+                targets[name][i, : len(chosen)] = values[chosen]
+        prefix = pad_prefixes(
+            [self._prefixes[self.examples[index].query] for index in indices], length=self._prefix_length
+        )
+        packed = pack_items(items, row_length=self._row_length, rows=slots, slots=slots, one_per_row=True)
+        return {"prefix": prefix, "items": packed, **targets}
+
+    def choose(self, example: Example, slots: int, rng: np.random.Generator) -> np.ndarray:
+        """Which of an example's documents are candidates this time, int [<= slots]."""
+        return rng.permutation(len(example.documents))[:slots]
+
+    def _items(self, example: Example, chosen: np.ndarray) -> list[list[int]]:
+        query = self._queries[example.query]
+        texts = [
+            self.room.pair_text(
+                query,
+                self.data.documents[example.documents[i]],
+                None if example.positions is None else int(example.positions[i]),
+            )
+            for i in chosen
+        ]
+        return [
+            self._documents[example.documents[i]] + pair + self.room.suffix
+            for i, pair in zip(chosen, self.room.pairs(texts), strict=True)
+        ]
+
+    def logits(self, model: Scorer, batch: Batch) -> jax.Array:
+        """Label logits fp32 [B, L, C]."""
+        items: PackedItems = batch["items"]
+        hidden = answer_hidden(model.decoder, batch["prefix"].tokens, batch["prefix"].where, items)
+        return jnp.einsum("BLD,CD->BLC", hidden.astype(jnp.float32), model.label_matrix())
+
+    # --- evaluation and export -----------------------------------------------------------------------------------
+
+    def scorer(self, model: Scorer) -> RecordScorer:
+        """The model as it will be served."""
+        return RecordScorer(model, self.start.tokenizer, self.config.prompt, self.data.documents)
+
+    def relevance(self, logits: np.ndarray) -> np.ndarray:
+        """What candidates are ordered by in the evaluation, [L] (logits [L, C])."""
+        return logits[..., 0] - logits[..., 1]
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """NDCG@10, poor-match rate@10 and MRR on dev queries."""
+        queries, candidates = evaluation_lists(self.data, "dev", self.config.data.eval_queries)
+        found = [self.relevance(logits) for logits in self.scorer(model)(queries, candidates)]
+        metrics = ranking_metrics(self.data, queries, candidates, found)
+        return {f"dev/{name}": float(np.nanmean(values)) for name, values in metrics.items()}
+
+    def export(self, model: Any, folder: Path, config: TrainConfig) -> None:
+        """Write the model with its contract."""
+        queries = list(self.data.queries["dev"][:3])
+        rows = [np.array([i], np.int32) for i in range(len(queries))]
+        logits = self.scorer(model)(queries, rows)
+        golden = tuple(
+            Golden(query, self.data.documents[row[0]], tuple(float(x) for x in found[0]))
+            for query, row, found in zip(queries, rows, logits, strict=True)
+        )
+        contract = Contract(
+            kind=self.kind,
+            architecture=self.start.architecture,
+            prompts={"pair": self.config.prompt},
+            labels=self.labels,
+            actions=self.actions,
+            training=to_dict(config),
+            golden=golden,
+        )
+        save_model(folder, model, contract, self.start.tokenizer)
+
+
+def store_targets(
+    folder: str, data: Dataset, kind: str, columns: Sequence[str]
+) -> dict[tuple[int, int], np.ndarray]:
+    """(query row, document row) -> scores of `columns` from a store of the wanted kind.
+
+    Raises:
+      ConfigError: the store holds another kind of scores, or lacks a column.
+      StoreError: it is unfinished or of other data.
+    """
+    meta, found = read_scores(folder, data.fingerprint)
+    if meta.kind != kind:
+        raise ConfigError(f"{folder} holds scores of a {meta.kind}, needed is a {kind}'s")
+    places = _columns(meta, columns, folder)
+    return {pair: scores[places] for pair, scores in found.items()}
+
+
+def _columns(meta: StoreMeta, columns: Sequence[str], folder: str) -> list[int]:
+    missing = [name for name in columns if name not in meta.columns]
+    if missing:
+        raise ConfigError(
+            f"{folder} has no scores for {', '.join(missing)}: it holds {', '.join(meta.columns)}"
+        )
+    return [meta.columns.index(name) for name in columns]

@@ -1,0 +1,143 @@
+"""The ranker: one student of several teachers, whose scores are read from stores (paper section 4)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsearch.config import ConfigError, TrainConfig
+from jaxsearch.data.datasets import Pairs
+from jaxsearch.data.prompts import FEATURES, PromptConfig
+from jaxsearch.losses import action_loss
+from jaxsearch.models.scorer import Scorer
+from jaxsearch.scoring.records import RANKER_LABELS, action_log_odds, relevance_log_odds
+from jaxsearch.tasks.base import open_data
+from jaxsearch.tasks.cross_encoder import CrossEncoderConfig, CrossEncoderTask, Example, store_targets
+from jaxsearch.tasks.engagement_teacher import engagement_auroc
+from jaxsearch.tasks.relevance_teacher import relevance_losses
+from jaxsearch.training.step import Batch, Losses
+
+
+@dataclass(frozen=True)
+class RankerConfig(CrossEncoderConfig):
+    """Distil teachers into one ranker."""
+
+    prompt: PromptConfig = field(
+        default_factory=lambda: PromptConfig(
+            "ranker", features=tuple(name for name in FEATURES if name != "position")
+        )
+    )
+    """Prompt template of kind "ranker"."""
+    relevance_scores: str = ""
+    """Folder of the relevance teacher's score store."""
+    engagement_scores: str = ""
+    """Folder of the engagement teacher's score store; empty: relevance only."""
+    alpha: float = 0.5
+    """Weight of relevance; 1 - alpha is engagement's."""
+    task_weights: tuple[float, ...] = ()
+    """Weight of each action; empty: 1 each."""
+    listwise_weight: float = 0.5
+    """Weight of the listwise term beside the relevance KL."""
+    temperature: float = 1.0
+    """Softens the engagement teacher's probabilities."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(
+                f"task.alpha is {self.alpha}: give a number from 0 (engagement only) to 1 (relevance only)"
+            )
+        if self.temperature <= 0:
+            raise ConfigError(f"task.temperature is {self.temperature}: give a positive number")
+
+    def build(self, config: TrainConfig) -> "RankerTask":
+        """The task on its data.
+
+        Raises:
+          ConfigError: no relevance scores, or task weights that do not fit the actions.
+        """
+        data = open_data(self.data)
+        if not self.relevance_scores:
+            raise ConfigError(
+                "task.relevance_scores is empty: give the folder that the labelling job wrote for the relevance teacher"
+            )
+        actions = data.actions if self.engagement_scores else ()
+        if self.task_weights and len(self.task_weights) != len(actions):
+            raise ConfigError(
+                f"task.task_weights has {len(self.task_weights)} numbers: give one for each of {', '.join(actions)}"
+            )
+        return RankerTask(self, config, data, actions)
+
+
+class RankerTask(CrossEncoderTask):
+    """alpha (KL + listwise) to the relevance teacher + (1 - alpha) masked KL to the engagement teacher."""
+
+    config: RankerConfig
+
+    def make_examples(self) -> list[Example]:
+        """Pairs that at least one teacher scored; what a teacher did not score is NaN and masked."""
+        relevance = store_targets(self.config.relevance_scores, self.data, "ranker", RANKER_LABELS)
+        engagement = (
+            store_targets(self.config.engagement_scores, self.data, "ranker", self.actions)
+            if self.actions
+            else {}
+        )
+        examples = [self._example(p, relevance, engagement) for p in self.data.pairs]
+        return [example for example in examples if len(example.documents)]
+
+    def _example(
+        self, p: Pairs, relevance: dict[tuple[int, int], Any], engagement: dict[tuple[int, int], Any]
+    ) -> Example:
+        pairs = [(p.query, int(row)) for row in p.documents]
+        known = [pair for pair in pairs if pair in relevance or pair in engagement]
+        nothing = np.full(len(RANKER_LABELS), np.nan, np.float32)
+        logits = np.array([relevance.get(pair, nothing) for pair in known], np.float32).reshape(
+            -1, len(RANKER_LABELS)
+        )
+        targets = {"relevance": _sigmoid(relevance_log_odds(logits))}
+        if self.actions:
+            nothing = np.full(len(self.actions), np.nan, np.float32)
+            odds = np.array([engagement.get(pair, nothing) for pair in known], np.float32).reshape(
+                -1, len(self.actions)
+            )
+            targets["engagement"] = _sigmoid(odds)
+        return Example(p.query, np.array([row for _, row in known], np.int32), targets)
+
+    def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
+        """Each teacher's term is a mean over what that teacher scored."""
+        config, logits = self.config, self.logits(model, batch)
+        exists = jnp.asarray(batch["items"].where)
+        target = batch["relevance"]
+        terms = dict(
+            relevance_losses(
+                relevance_log_odds(logits), target, exists & ~jnp.isnan(target), config.listwise_weight
+            ).terms()
+        )
+        alpha = config.alpha if self.actions else 1.0
+        terms = {name: (alpha * total, weight) for name, (total, weight) in terms.items()}
+        if self.actions:
+            where = exists[..., None] & ~jnp.isnan(batch["engagement"])
+            weights = config.task_weights or (1.0,) * len(self.actions)
+            total = action_loss(
+                action_log_odds(logits),
+                batch["engagement"],
+                where=where,
+                task_weights=weights,
+                temperature=config.temperature,
+                reduction="sum",
+            )
+            terms["engagement"] = ((1 - alpha) * total, jnp.sum(where.any(axis=-1)))
+        return Losses(terms)
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Ranking metrics, and AUROC per action where there are impressions."""
+        figures = super().evaluate(model)
+        if self.actions:
+            found = engagement_auroc(self, model, list(self.data.queries["dev"]))
+            figures |= {f"dev/auroc/{name}": value for name, value in found.items()}
+        return figures
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return (0.5 * (1 + np.tanh(0.5 * x))).astype(np.float32)

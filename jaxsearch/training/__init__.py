@@ -1,0 +1,1 @@
+"""One training loop; what differs between stages is a task."""

@@ -1,0 +1,293 @@
+"""The training loop: config -> mesh -> state -> step -> metrics, checkpoints, evaluation, export."""
+
+import dataclasses
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxsearch.config import ConfigError, TrainConfig
+from jaxsearch.data.pipeline import Pipeline
+from jaxsearch.training.checkpoints import Checkpoints
+from jaxsearch.training.optimizer import learning_rate, make_optimizer
+from jaxsearch.training.sharding import (
+    make_mesh,
+    optimizer_shardings,
+    parameter_shardings,
+    put_batch,
+    replicated,
+)
+from jaxsearch.training.step import Batch, Losses, Mean, Tools, TrainState, split_model
+from jaxsearch.training.task import Task
+from jaxsearch.training.writers import MetricsWriter, Progress
+
+log = logging.getLogger(__name__)
+
+RESERVED = ("step", "kind", "lr", "grad_norm")
+
+
+class Trainer:
+    """A task on a mesh: its state, its compiled step, and the model at any moment.
+
+    Args:
+        config: the training configuration.
+        task: what to train.
+        mesh: devices.
+
+    Attributes:
+        mesh: devices.
+        state: the current state; a step consumes it.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task, mesh: Mesh) -> None:
+        self._config, self._task, self.mesh = config, task, mesh
+        with jax.default_device(_host()):
+            model = task.init(nnx.Rngs(config.seed))
+        self._trainable = task.trainable()
+        self._graphdef, params, frozen, rest = split_model(model, self._trainable)
+        if not jax.tree.leaves(params):
+            raise ValueError(f"{type(task).__name__}.trainable() selects no parameter")
+        self._optimizer = make_optimizer(config, params)
+        self._frozen = jax.device_put(nnx.to_pure_dict(frozen), parameter_shardings(frozen, mesh))
+        self.state = self._first_state(params, nnx.to_pure_dict(rest))
+        log.info(
+            "%s: %s parameters train, %s are frozen; mesh %s",
+            config.name, f"{_count(params):,}", f"{_count(frozen):,}", dict(mesh.shape),
+        )  # fmt: skip
+
+    def _first_state(self, params: nnx.State, rest: Any) -> TrainState:
+        shardings = parameter_shardings(params, self.mesh)
+        placed = jax.device_put(nnx.to_pure_dict(params), shardings)
+        opt_shardings = optimizer_shardings(
+            self._optimizer, jax.eval_shape(self._optimizer.init, placed), shardings, self.mesh
+        )
+        whole = replicated(self.mesh)
+        return TrainState(
+            step=jax.device_put(np.int32(0), whole),
+            params=placed,
+            opt_state=jax.jit(self._optimizer.init, out_shardings=opt_shardings)(placed),
+            rest=jax.device_put(rest, whole),
+            grad_norm=jax.device_put(np.float32(0), whole),
+            window={},
+            bad_step=jax.device_put(np.int32(0), whole),
+        )
+
+    def _tools(self, frozen: Any) -> Tools:
+        return Tools(self._graphdef, self._trainable, frozen, self._optimizer, self._config.accumulation)
+
+    def _step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        key = jax.random.fold_in(jax.random.key(self._config.seed), state.step)
+        new, losses = self._task.step(state, batch, key, self._tools(frozen))
+        values = _values(losses, new.grad_norm)
+        finite = jnp.isfinite(values["loss"][0]) & jnp.isfinite(new.grad_norm)
+        bad = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
+        return dataclasses.replace(new, step=state.step + 1, bad_step=bad), values
+
+    def _windowed(self, state: TrainState, frozen: Any, batch: Batch) -> TrainState:
+        new, values = self._step(state, frozen, batch)
+        return dataclasses.replace(new, window=jax.tree.map(jnp.add, state.window, values))
+
+    def compile(self, batch: Batch) -> None:
+        """Prepare the step for batches like this one (others are compiled when they come)."""
+        values = jax.eval_shape(self._step, self.state, self._frozen, batch)[1]
+        self._zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), values)
+        self.reset_window()
+        self._jitted: Callable[..., TrainState] = jax.jit(
+            self._windowed,
+            donate_argnums=0,
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.state),
+        )
+
+    def step(self, batch: Batch) -> None:
+        """Advance the state by one step; returns before the devices are done."""
+        self.state = self._jitted(self.state, self._frozen, batch)
+
+    def reset_window(self) -> None:
+        """Forget the sums of metrics."""
+        zeros = jax.device_put(self._zeros, replicated(self.mesh))
+        self.state = dataclasses.replace(self.state, window=zeros)
+
+    def window(self) -> dict[str, float]:
+        """Return the metrics since the last reset; waits for the devices. A metric without weight is NaN."""
+        sums = jax.device_get(self.state.window)
+        return {
+            name: float(total) / float(weight) if weight else float("nan")
+            for name, (total, weight) in sums.items()
+        }
+
+    def model(self) -> nnx.Module:
+        """Return the module with the current parameters; use it before the next step, which consumes them."""
+        return self._tools(self._frozen).model(self.state.params, self.state.rest)
+
+
+def _host() -> jax.Device:
+    """Return a CPU device, so that a model larger than one accelerator is made in host memory."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
+def _count(params: nnx.State) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _values(losses: Losses, grad_norm: jax.Array) -> dict[str, Mean]:
+    one = jnp.float32(1)
+    named = {name: pair for name, pair in losses.terms().items() if name != "loss"}
+    clash = (set(named) & set(losses.metrics)) | (set(losses.metrics) & {*RESERVED, "loss"})
+    if clash:
+        raise ValueError(f"metrics named twice: {', '.join(sorted(clash))}")
+    pairs = {
+        "loss": (losses.value(), one),
+        **named,
+        **losses.metrics,
+        "grad_norm": (grad_norm, one),
+    }
+    return jax.tree.map(jnp.float32, pairs)
+
+
+def _check(config: TrainConfig, task: Task, mesh: Mesh) -> None:
+    if config.accumulation > 1 and not task.accumulable:
+        raise ConfigError(
+            f"accumulation is {config.accumulation}, but {type(task).__name__} compares the examples of a "
+            "batch with each other and cannot be accumulated: set accumulation to 1"
+        )
+    parts = config.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}: expected a multiple of "
+            f"accumulation * mesh.data * mesh.fsdp = {parts}"
+        )
+
+
+def _stop_if_bad(trainer: Trainer, task: Task, pipeline: Pipeline) -> None:
+    """Raise if any step so far was not finite; waits for the devices."""
+    bad = int(trainer.state.bad_step)
+    if bad:
+        ids = task.example_ids(pipeline.indices(bad - 1))
+        raise FloatingPointError(
+            f"the loss or its gradient is not finite at step {bad}, on the examples {', '.join(ids)}; "
+            "no checkpoint was written since"
+        )
+
+
+def _export(task: Task, trainer: Trainer, workdir: Path, config: TrainConfig) -> None:
+    """Put the model at `workdir/model`, whole or not at all."""
+    folder, temporary = workdir / "model", workdir / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    task.export(trainer.model(), temporary, config)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def run(
+    config: TrainConfig, workdir: str | Path, *, task: Task | None = None, stop_at: int | None = None
+) -> dict[str, float]:
+    """Train, or go on with what `workdir` holds, then evaluate and export to `workdir/model`.
+
+    Args:
+        config: the training configuration.
+        workdir: folder of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, model/.
+        task: used instead of building it from the configuration.
+        stop_at: save and return after this many steps, as if interrupted: no evaluation, no export.
+
+    Returns:
+        The final evaluation; nothing when stopped early.
+
+    Raises:
+        ConfigError: the configuration does not fit the task, the mesh or the run in `workdir`.
+        FloatingPointError: a loss or gradient that is not finite; names step and examples. Nothing is
+            saved after it.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(config.mesh)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    checkpoints.check_config(config)
+    task = config.task.build(config) if task is None else task
+    _check(config, task, mesh)
+    pipeline = Pipeline(
+        task,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process=(jax.process_index(), jax.process_count()),
+    )
+    trainer = Trainer(config, task, mesh)
+    trainer.compile(put_batch(pipeline.batch(0), mesh))
+    start = checkpoints.latest() or 0
+    if start > config.steps:
+        raise ConfigError(f"steps is {config.steps}, but {workdir} already holds a checkpoint after {start}")
+    if start:
+        trainer.state = checkpoints.restore(start, trainer.state)
+        log.info("resuming after step %d", start)
+
+    first = jax.process_index() == 0
+    writer = MetricsWriter(workdir, step=start, log_every=config.log_every, enabled=first)
+    stop = min(stop_at or config.steps, config.steps)
+    try:
+        _train(config, task, trainer, pipeline, checkpoints, writer, start, stop)
+        if stop < config.steps:
+            return {}
+        final = task.evaluate(trainer.model())
+        writer.write("final", stop, final)
+        if first:
+            _export(task, trainer, workdir, config)
+        return final
+    finally:
+        writer.close()
+        checkpoints.close()
+
+
+def _train(
+    config: TrainConfig,
+    task: Task,
+    trainer: Trainer,
+    pipeline: Pipeline,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    start: int,
+    stop: int,
+) -> None:
+    schedule = learning_rate(config)
+    progress = Progress(config.name, start, config.steps, config.batch_size, jax.process_index() == 0)
+    batches = pipeline.batches(start, stop)
+    try:
+        for step in range(start + 1, stop + 1):
+            before = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - before
+            trainer.step(put_batch(batch, trainer.mesh))
+            progress.advance(waited)
+            if step == start + 1:
+                _stop_if_bad(trainer, task, pipeline)
+                progress.restart()  # leaves compilation out of the rate
+            if step % config.log_every == 0 or step == config.steps:
+                _stop_if_bad(trainer, task, pipeline)
+                row = trainer.window() | {"lr": float(schedule(step - 1))} | progress.timing()
+                writer.write("train", step, row)
+                progress.show(step, row)
+                if step % config.log_every == 0:
+                    trainer.reset_window()
+                progress.restart()
+            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                _stop_if_bad(trainer, task, pipeline)
+                writer.write("eval", step, task.evaluate(trainer.model()))
+                progress.restart()
+            # Last, so that a checkpoint never stands for a step whose rows are still missing.
+            if step == stop or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                _stop_if_bad(trainer, task, pipeline)
+                checkpoints.save(step, trainer.state)
+                progress.restart()
+    finally:
+        progress.close()

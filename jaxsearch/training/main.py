@@ -1,0 +1,56 @@
+"""Command line of the trainer: `--config configs/NAME.py[:variant] --workdir DIR [--field value ...]`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from jaxsearch.config import ConfigError, load_config
+from jaxsearch.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the trainer; returns 0, or 2 for a configuration that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train one stage. Every field of the configuration is an option; "
+        "--config NAME --help lists them.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--config", help="configs/NAME.py[:variant]")
+    parser.add_argument("--workdir", help="folder of the run; one that holds a checkpoint is resumed")
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this help, or a configuration's fields"
+    )
+    known, overrides = parser.parse_known_args(argv)
+    if known.config is None:
+        parser.print_help(sys.stdout if known.help else sys.stderr)
+        return 0 if known.help else 2
+    try:
+        config = load_config(known.config, [*overrides, "--help"] if known.help else overrides)
+        if known.workdir is None:
+            raise ConfigError("--workdir is missing: name a folder for the run")
+        # Only here: JAX takes seconds to load, a mistyped option should not.
+        from jaxsearch.training.loop import run
+
+        logger, handler = logging.getLogger("jaxsearch"), logging.StreamHandler()
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            final = run(config, known.workdir)
+        finally:
+            logger.removeHandler(handler)
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    for name, value in final.items():
+        print(f"{name} {value:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""AdamW with warm-up, cosine decay and clipping."""
+
+from typing import Any
+
+import optax
+from flax import nnx
+
+from jaxsearch.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Return the schedule: linear warm-up to the peak, then a cosine down to a share of it."""
+    optimizer = config.optimizer
+    peak = optimizer.learning_rate
+    return optax.warmup_cosine_decay_schedule(
+        # The first step already learns.
+        init_value=peak / max(1, optimizer.warmup_steps),
+        peak_value=peak,
+        warmup_steps=optimizer.warmup_steps,
+        decay_steps=config.decay_steps,
+        end_value=peak * optimizer.final_fraction,
+    )
+
+
+def decays(variable: nnx.Variable, decay_embeddings: bool) -> bool:
+    """Return whether weight decay reaches a parameter: a matrix, but no norm, bias or (by default) embedding.
+
+    The stacked `layer` axis does not count: scales of norms stay vectors when layers are stacked.
+    """
+    axes = variable.get_metadata().get("axes")
+    if axes is None:
+        return variable.get_value().ndim >= 2
+    if "vocab" in axes and not decay_embeddings:
+        return False
+    return sum(axis != "layer" for axis in axes) >= 2
+
+
+def decay_mask(params: nnx.State, decay_embeddings: bool) -> Any:
+    """Return nested dicts of booleans beside the parameters: where weight decay applies."""
+    return nnx.traversals.unflatten_mapping(
+        {path: decays(variable, decay_embeddings) for path, variable in nnx.to_flat_state(params)}
+    )
+
+
+def make_optimizer(config: TrainConfig, params: nnx.State) -> optax.GradientTransformation:
+    """Return the optimiser.
+
+    Args:
+        config: the training configuration.
+        params: the trainable parameters with their metadata.
+    """
+    optimizer = config.optimizer
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        mask=decay_mask(params, optimizer.decay_embeddings),
+    )
+    clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
+    return optax.chain(clip, adamw)

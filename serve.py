@@ -1,0 +1,8 @@
+"""Serve a trained funnel: `python serve.py build | batch | label --help`."""
+
+import sys
+
+from jaxsearch.serving.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

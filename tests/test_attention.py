@@ -1,0 +1,146 @@
+"""The attentions against a plain loop, on shapes with grouped heads, packing, padding and caches."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxsearch.models.attention import Cached, Causal, PrefixPacked
+
+HEADS, KV_HEADS, SIZE = 4, 2, 6
+
+
+@jax.jit
+def attend(attention, q, k, v, state=None):
+    """The attention is a pytree argument, which also shows that it can be one."""
+    return attention(q, k, v, state)
+
+
+def tensors(seed: int, *shape: int):
+    """Random q [..., N, H], k and v [..., K, H]."""
+    random = np.random.default_rng(seed)
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    return [2 * random.standard_normal((*shape, n, SIZE), np.float32) for n in heads]
+
+
+def by_hand(q, k, v):
+    """One token's attention over the keys it sees, in float64 (q [N, H], k and v [C, K, H])."""
+    k, v = k.astype(np.float64), v.astype(np.float64)
+    out = np.zeros((HEADS, SIZE))
+    for head in range(HEADS):
+        group = head // (HEADS // KV_HEADS)
+        scores = k[:, group] @ q[head] / SIZE**0.5
+        weights = np.exp(scores - scores.max())
+        out[head] = weights @ v[:, group] / weights.sum()
+    return out
+
+
+def test_causal_equals_a_plain_loop_and_skips_padding():
+    q, k, v = tensors(0, 2, 5)
+    where = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1]], bool)
+    out, state = jax.device_get(attend(Causal(where), q, k, v))
+    assert state is None
+    for b, t in np.ndindex(where.shape):
+        seen = [s for s in range(t + 1) if where[b, s]]
+        expected = by_hand(q[b, t], k[b, seen], v[b, seen]) if seen else np.zeros((HEADS, SIZE))
+        np.testing.assert_allclose(out[b, t], expected, atol=1e-5)
+
+
+def test_causal_takes_any_leading_axes():
+    q, k, v = tensors(1, 2, 3, 4)
+    where = np.ones((2, 3, 4), bool)
+    out = attend(Causal(where), q, k, v)[0]
+    one = attend(Causal(where[1, 2]), q[1, 2], k[1, 2], v[1, 2])[0]
+    np.testing.assert_allclose(np.asarray(out)[1, 2], one, atol=1e-6)
+
+
+def test_causal_keeps_keys_and_values():
+    q, k, v = tensors(2, 1, 3)
+    kept = attend(Causal(np.ones((1, 3), bool), keep_kv=True), q, k, v)[1]
+    np.testing.assert_array_equal(kept[0], k)
+    np.testing.assert_array_equal(kept[1], v)
+
+
+def test_packed_items_see_their_prefix_and_themselves():
+    q, k, v = tensors(3, 2, 2, 6)
+    _, prefix_k, prefix_v = tensors(4, 2, 4)
+    prefix_where = np.array([[1, 1, 1, 1], [0, 1, 1, 0]], bool)
+    segments = np.array([[[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]], [[3, 0, 3, 1, 1, 2], [0] * 6]], np.int32)
+    out, state = jax.device_get(attend(PrefixPacked(prefix_where, segments), q, k, v, (prefix_k, prefix_v)))
+    assert state is None
+    for b, r, t in np.ndindex(segments.shape):
+        if segments[b, r, t] == 0:
+            np.testing.assert_array_equal(out[b, r, t], 0)
+            continue
+        own = [s for s in range(t + 1) if segments[b, r, s] == segments[b, r, t]]
+        keys = np.concatenate([prefix_k[b, prefix_where[b]], k[b, r, own]])
+        values = np.concatenate([prefix_v[b, prefix_where[b]], v[b, r, own]])
+        np.testing.assert_allclose(out[b, r, t], by_hand(q[b, r, t], keys, values), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_padding_has_zero_values_and_finite_gradients(scale):
+    q, k, v = (scale * x for x in tensors(5, 1, 2, 3))
+    segments = np.array([[[0, 0, 0], [0, 1, 1]]], np.int32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(arrays):
+        q, k, v, prefix = arrays
+        packed, _ = PrefixPacked(jnp.zeros((1, 2), bool), jnp.asarray(segments))(q, k, v, prefix)
+        causal, _ = Causal(jnp.asarray(segments[0] > 0))(q[0], k[0], v[0], None)
+        return jnp.sum(packed**2) + jnp.sum(causal**2)
+
+    gradients = jax.device_get(gradient((q, k, v, tuple(tensors(6, 1, 2)[1:]))))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    np.testing.assert_array_equal(gradients[2][0, 0], 0)
+    assert np.abs(gradients[2][0, 1, 1:]).max() > 0
+
+
+def test_gradient_of_one_visible_token_is_that_of_a_copy():
+    where = np.ones((1, 1), bool)
+    gradient = jax.jit(jax.grad(lambda a: jnp.sum(Causal(where)(*a, None)[0] ** 2)))
+    arrays = tensors(7, 1, 1)
+    q, k, v = gradient(arrays)
+    np.testing.assert_allclose(q, 0, atol=1e-4)
+    np.testing.assert_allclose(k, 0, atol=1e-4)
+    np.testing.assert_allclose(v, 2 * (HEADS // KV_HEADS) * arrays[2], rtol=1e-5)
+
+
+def test_cache_decodes_what_causal_attention_computes():
+    q, k, v = tensors(8, 2, 5)
+    expected = np.asarray(attend(Causal(np.ones((2, 5), bool)), q, k, v)[0])
+    # What lies beyond a row's own slot is arbitrary.
+    cache = (
+        np.full((2, 7, KV_HEADS, SIZE), 9.0, np.float32),
+        np.full((2, 7, KV_HEADS, SIZE), -9.0, np.float32),
+    )
+    for t in range(5):
+        now = slice(t, t + 1)
+        out, cache = attend(Cached(np.full((2, 1), t)), q[:, now], k[:, now], v[:, now], cache)
+        np.testing.assert_allclose(out, expected[:, now], atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(cache[0])[:, :5], k)
+    np.testing.assert_array_equal(np.asarray(cache[1])[:, 5:], -9.0)
+
+
+def test_cache_takes_several_tokens_and_a_slot_of_its_own_per_row():
+    q, k, v = tensors(9, 2, 2)
+    _, old_k, old_v = tensors(10, 2, 6)
+    slots = np.array([[1, 2], [4, 5]])
+    out, (cache_k, _) = jax.device_get(attend(Cached(slots), q, k, v, (old_k, old_v)))
+    for b, t in np.ndindex(2, 2):
+        n = slots[b, 0]
+        keys = np.concatenate([old_k[b, :n], k[b, : t + 1]])
+        values = np.concatenate([old_v[b, :n], v[b, : t + 1]])
+        np.testing.assert_allclose(out[b, t], by_hand(q[b, t], keys, values), atol=1e-5)
+    np.testing.assert_array_equal(cache_k[0, 3:], old_k[0, 3:])
+
+
+def test_bfloat16_keeps_its_softmax_in_float32():
+    where = np.ones((1, 64), bool)
+    half = [x.astype(ml_dtypes.bfloat16) for x in tensors(11, 1, 64)]
+    out = attend(Causal(where), *half)[0]
+    exact = attend(Causal(where), *(x.astype(np.float32) for x in half))[0]
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.03)

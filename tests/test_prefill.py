@@ -1,0 +1,338 @@
+import doctest
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxsearch.models.attention import Causal
+from jaxsearch.models.decoder import Decoder, DecoderConfig
+from jaxsearch.scoring import buckets as buckets_module
+from jaxsearch.scoring.buckets import Buckets, Shape, plan, steps
+from jaxsearch.scoring.packing import PackedItems, pack_items
+from jaxsearch.scoring.prefill import PrefillScorer, answer_hidden, pad_prefixes, score
+
+VOCABULARY = 29
+CONFIGS = {  # layers, width, heads, kv_heads, head_dim, qk_norm, tied
+    "every head its own": (2, 12, 2, 2, 6, False, True),
+    "grouped, wide heads": (2, 8, 6, 2, 10, True, False),
+    "one kv head, odd count": (1, 10, 3, 1, 2, True, True),
+}
+P, T, R, L, N = 6, 8, 7, 7, 14  # prefix, row, rows and slots per query; sequences of the plain path
+
+
+class LabelScorer(nnx.Module):
+    def __init__(self, decoder: Decoder, rngs: nnx.Rngs):
+        self.decoder = decoder
+        self.actions = nnx.Param(jax.random.normal(rngs.params(), (2, decoder.config.width)))
+
+    def label_matrix(self):
+        return jnp.concatenate([self.decoder.label_rows([3, 5]), self.actions[...]])
+
+
+@functools.cache
+def scorer(name="grouped, wide heads"):
+    layers, width, heads, kv_heads, head_dim, qk_norm, tied = CONFIGS[name]
+    config = DecoderConfig(
+        vocab_size=VOCABULARY, layers=layers, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        mlp_width=14, rope_theta=500.0, rms_eps=1e-5, qk_norm=qk_norm, tied=tied,
+    )  # fmt: skip
+    rngs = nnx.Rngs(7)
+    made = LabelScorer(Decoder(config, rngs=rngs), rngs)
+    for path, value in nnx.to_flat_state(nnx.state(made)):  # norms and scales that are not 1
+        noise = jax.random.normal(jax.random.key(len(str(path))), value[...].shape)
+        value[...] = value[...] * (1.5 + 0.3 * noise)
+    return made
+
+
+def plain_hidden(decoder, tokens, where):
+    """Last hidden state [N, D] of whole sequences [N, S], each alone through the plain causal pass."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    hidden, _ = decoder(decoder.embed(tokens), positions, Causal(where))
+    return hidden[jnp.arange(len(tokens)), jnp.maximum(jnp.sum(where, axis=1) - 1, 0)]
+
+
+@functools.cache
+def compiled(name):
+    """Plain and packed scores of one decoder, compiled once for all examples."""
+    graphdef, state = nnx.split(scorer(name))
+
+    @jax.jit
+    def plain(tokens, where):
+        made = nnx.merge(graphdef, state)
+        return plain_hidden(made.decoder, tokens, where) @ made.label_matrix().T
+
+    @jax.jit
+    def packed(prefix, items):
+        return score(nnx.merge(graphdef, state), prefix.tokens, prefix.where, items)
+
+    return plain, packed
+
+
+def expected_scores(name, prefixes, items):
+    """Every item's label logits through the plain path, one [L, C] per query."""
+    plain, _ = compiled(name)
+    sequences = [prefix + item for prefix, query in zip(prefixes, items, strict=True) for item in query]
+    rows = []
+    for start in range(0, len(sequences), N):
+        chunk = sequences[start : start + N]
+        whole = pad_prefixes(chunk, length=P + 2 * T, queries=N)
+        rows += list(np.asarray(plain(whole.tokens, whole.where))[: len(chunk)])
+    ends = np.cumsum([0, *map(len, items)])
+    return [np.array(rows[a:b]).reshape(-1, 4) for a, b in itertools.pairwise(ends)]
+
+
+def log_odds(logits):
+    """Yes against no, and each action."""
+    return np.concatenate([logits[..., :1] - logits[..., 1:2], logits[..., 2:]], axis=-1)
+
+
+def assert_same(found, expected):
+    np.testing.assert_allclose(log_odds(found), log_odds(expected), atol=1e-4, rtol=0)
+
+
+TOKEN = st.integers(0, VOCABULARY - 1)
+LISTS = st.lists(st.lists(TOKEN, min_size=1, max_size=T), max_size=L)
+PREFIX = st.lists(TOKEN, min_size=1, max_size=P)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=25, deadline=None)
+@given(
+    prefixes=st.tuples(PREFIX, PREFIX),
+    items=st.tuples(LISTS, LISTS),
+    one_per_row=st.booleans(),
+    junk=TOKEN,
+    data=st.data(),
+)
+def test_packed_scores_equal_scores_alone(name, prefixes, items, one_per_row, junk, data):
+    expected = expected_scores(name, prefixes, items)
+    orders = [data.draw(st.permutations(range(len(query)))) for query in items]
+    shuffled = [[query[i] for i in order] for query, order in zip(items, orders, strict=True)]
+    packed = pack_items(shuffled, row_length=T, rows=R, slots=L, one_per_row=one_per_row)
+    packed = packed._replace(tokens=np.where(packed.segments > 0, packed.tokens, junk))
+    prefix = pad_prefixes(prefixes, length=P)
+    prefix = prefix._replace(tokens=np.where(prefix.where, prefix.tokens, junk))
+    found = np.asarray(compiled(name)[1](prefix, packed))
+    assert found.dtype == np.float32
+    for query, order in enumerate(orders):
+        assert_same(found[query, : len(order)], expected[query][order])
+    np.testing.assert_array_equal(found[~packed.where], 0)
+
+
+def test_scores_differ_between_items_and_prefixes():
+    """The parity above would hold for a decoder that ignores its input: this one does not."""
+    items = [[[1, 2, 3], [3, 2, 1], [3]]]
+    one, two = (expected_scores("grouped, wide heads", [prefix], items)[0] for prefix in ([4, 9], [9, 4]))
+    assert np.ptp(log_odds(one), axis=0).min() > 0.01
+    assert np.abs(log_odds(one) - log_odds(two)).min() > 1e-3
+
+
+def test_gradient_equals_the_plain_path_with_a_padding_query_beside():
+    graphdef, state = nnx.split(scorer().decoder)
+    prefixes, items = [[1, 2, 3], [4]], [[[5, 6], [7], [8, 9, 10, 11]], [[12, 13, 14]]]
+    weights = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    whole = pad_prefixes([p + item for p, query in zip(prefixes, items, strict=True) for item in query])
+    prefix, packed = pad_prefixes(prefixes, queries=3), pack_items([*items, []], row_length=5, rows=3)
+
+    @jax.jit
+    @jax.grad
+    def plain(state):
+        return jnp.sum(plain_hidden(nnx.merge(graphdef, state), whole.tokens, whole.where) * weights)
+
+    @jax.jit
+    @jax.grad
+    def shared(state):
+        hidden = answer_hidden(nnx.merge(graphdef, state), prefix.tokens, prefix.where, packed)
+        return jnp.sum(hidden[packed.where] * weights)
+
+    expected, found = plain(state), shared(state)
+    for (path, one), (_, two) in zip(nnx.to_flat_state(expected), nnx.to_flat_state(found), strict=True):
+        size = np.abs(one[...]).max()
+        assert size > 0 or "unembedding" in path
+        np.testing.assert_allclose(two[...], one[...], atol=1e-5 * max(1.0, size), err_msg=str(path))
+
+
+SMALL = Buckets(prefix=(P,), rows=(1, 3), row_length=(T, 2 * T), tokens=64, item_length=2)
+
+
+def random_lists(rng, queries, most, longest=T):
+    prefixes = [rng.integers(0, VOCABULARY, rng.integers(1, P + 1)).tolist() for _ in range(queries)]
+    items = [
+        [rng.integers(0, VOCABULARY, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+        for count in rng.integers(0, most + 1, queries)
+    ]
+    return prefixes, items
+
+
+@functools.cache
+def shared_prefill():
+    return PrefillScorer(scorer(), buckets=SMALL)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 9), st.integers(0, 12), st.integers(0, 10_000))
+def test_score_lists_equals_scores_alone(queries, most, seed):
+    prefixes, items = random_lists(np.random.default_rng(seed), queries, most)
+    found = shared_prefill().score_lists(prefixes, items)
+    expected = expected_scores("grouped, wide heads", prefixes, items)
+    assert [f.shape for f in found] == [(len(query), 4) for query in items]
+    for one, two in zip(found, expected, strict=True):
+        assert_same(one, two)
+
+
+def test_one_item_many_items_and_long_items_in_one_call():
+    rng = np.random.default_rng(1)
+    prefixes, items = random_lists(rng, 3, 0)
+    items[0] = [[7]]
+    items[1] = [rng.integers(0, VOCABULARY, 1 + i % T).tolist() for i in range(200)]
+    items[2] = [rng.integers(0, VOCABULARY, 2 * T).tolist(), [1]]
+    found = shared_prefill().score_lists(prefixes, items)
+    for one, two in zip(found, expected_scores("grouped, wide heads", prefixes, items), strict=True):
+        assert_same(one, two)
+
+
+def test_no_recompilation_within_the_closed_set():
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
+    )
+    closed = Buckets(prefix=(P,), rows=(3,), row_length=(T,), tokens=1)
+    prefill = PrefillScorer(scorer(), buckets=closed)
+    rng = np.random.default_rng(2)
+    prefill.score_lists(*random_lists(rng, 2, 4))
+    assert prefill.compiled_shapes == (Shape(queries=1, prefix=P, rows=3, row_length=T),)
+    assert compilations
+    compilations.clear()
+    for queries, most in ((1, 1), (7, 5), (3, 40)):
+        prefill.score_lists(*random_lists(rng, queries, most))
+    prefill.update(scorer())
+    prefill.score_lists(*random_lists(rng, 2, 2))
+    assert len(prefill.compiled_shapes) == 1
+    assert compilations == []
+
+
+def test_every_compiled_shape_is_in_the_buckets_and_compiled_once():
+    prefill = shared_prefill()
+    rng = np.random.default_rng(3)
+    for queries, most in ((1, 1), (6, 3), (2, 30)):
+        prefill.score_lists(*random_lists(rng, queries, most, longest=2 * T))
+    shapes = prefill.compiled_shapes
+    assert len(set(shapes)) == len(shapes)
+    assert all(shape in SMALL for shape in shapes)
+    assert Shape(1, P, 2, T) not in SMALL
+    assert Shape(99, P, 1, T) not in SMALL
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    queries=st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 50), max_size=40)), max_size=8),
+    compile_flops=st.sampled_from([0.0, 1e7, 1e12]),
+)
+def test_a_plan_covers_every_item_once_and_fits(queries, compile_flops):
+    config = scorer().decoder.config
+    buckets = Buckets(
+        prefix=steps(8, 64),
+        rows=steps(1, 8),
+        row_length=steps(8, 64),
+        tokens=256,
+        compile_flops=compile_flops,
+    )
+    prefixes, items = [p for p, _ in queries], [lengths for _, lengths in queries]
+    calls = plan(prefixes, items, buckets=buckets, config=config)
+    seen = sorted((unit.query, int(i)) for call in calls for unit in call.units for i in unit.items)
+    assert seen == [(q, i) for q, lengths in enumerate(items) for i in range(len(lengths))]
+    for shape, units in calls:
+        assert shape in buckets
+        assert 1 <= len(units) <= shape.queries
+        for unit in units:
+            sizes = np.array(items[unit.query])[unit.items]
+            assert prefixes[unit.query] <= shape.prefix
+            assert unit.rows.max() < shape.rows
+            assert np.bincount(unit.rows).max() <= buckets.per_row(shape.row_length)
+            assert (unit.columns + sizes).max() <= shape.row_length
+    # Planned again with these shapes compiled, nothing new is compiled.
+    again = plan(prefixes, items, buckets=buckets, config=config, compiled={call.shape for call in calls})
+    assert compile_flops < 1e12 or {call.shape for call in again} <= {call.shape for call in calls}
+
+
+def test_a_plan_weighs_padding_against_compilation():
+    config = scorer().decoder.config
+    alike = plan([10] * 8, [[16] * 4] * 8, buckets=Buckets(), config=config)
+    assert [call.shape for call in alike] == [Shape(queries=8, prefix=16, rows=4, row_length=16)]
+    lists = [[5] * 10, [60] * 3, [17, 30] * 9]
+    few = plan([10, 50, 200], lists, buckets=Buckets(compile_flops=1e15), config=config)
+    many = plan([10, 50, 200], lists, buckets=Buckets(compile_flops=0), config=config)
+    assert len({call.shape for call in few}) == 1
+    assert len({call.shape for call in many}) > 1
+
+
+def test_bad_inputs_are_named():
+    prefill = shared_prefill()
+    good = [[1, 2]]
+    with pytest.raises(ValueError, match="query 1: its prefix has 0 tokens"):
+        prefill.score_lists([[1], []], [good, good])
+    with pytest.raises(ValueError, match=rf"query 0: its prefix has {P + 1} tokens: give 1 to {P}"):
+        prefill.score_lists([[1] * (P + 1)], [good])
+    with pytest.raises(ValueError, match="query 1, item 2 has 17 tokens: give 1 to 16"):
+        prefill.score_lists([[1], [1]], [good, [[1], [1], [1] * 17]])
+    with pytest.raises(ValueError, match="query 0, item 1 has 0 tokens"):
+        prefill.score_lists([[1]], [[[1], []]])
+    with pytest.raises(ValueError, match=f"query 1 has token id {VOCABULARY}: the vocabulary ends at 28"):
+        prefill.score_lists([[1], [1]], [good, [[VOCABULARY]]])
+    with pytest.raises(ValueError, match="query 0 has token id -1"):
+        prefill.score_lists([[-1]], [good])
+    with pytest.raises(ValueError, match="items has 1 lists: prefixes has 2"):
+        prefill.score_lists([[1], [1]], [good])
+    with pytest.raises(ValueError, match="prefix of query 1 has 0 tokens"):
+        pad_prefixes([[1], []])
+    with pytest.raises(ValueError, match=r"Buckets\.rows is \(3, 2\)"):
+        Buckets(rows=(3, 2))
+    with pytest.raises(ValueError, match=r"Buckets\.tokens is 0"):
+        Buckets(tokens=0)
+    with pytest.raises(ValueError, match="other parameters"):
+        prefill.update(scorer("one kv head, odd count"))
+
+
+def test_nan_scores_are_refused_with_the_query_named():
+    made = nnx.clone(scorer())
+    parameters = nnx.to_flat_state(nnx.state(made.decoder))
+    embedding = next(value for path, value in parameters if path[-1] == "embedding")
+    embedding[...] = embedding[...].at[20].set(jnp.nan)
+    prefill = shared_prefill()
+    prefill.update(made)
+    try:
+        with pytest.raises(FloatingPointError, match="query 1, item"):
+            prefill.score_lists([[1], [2]], [[[1]], [[2], [3, 20], [4]]])
+        prefill.score_lists([[1], [2]], [[[1]], [[2]]])  # the row is not used
+    finally:
+        prefill.update(scorer())
+
+
+def test_update_takes_over_new_weights():
+    made = nnx.clone(scorer())
+    made.actions[...] = made.actions[...] + 1.0
+    prefill = shared_prefill()
+    before = prefill.score_lists([[1]], [[[2]]])[0]
+    prefill.update(made)
+    after = prefill.score_lists([[1]], [[[2]]])[0]
+    made.actions[...] = made.actions[...] + 1.0  # trained on: not seen before the next update
+    np.testing.assert_array_equal(prefill.score_lists([[1]], [[[2]]])[0], after)
+    prefill.update(scorer())
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+    assert np.abs(before[:, 2:] - after[:, 2:]).min() > 1e-3
+
+
+def test_items_are_a_pytree_of_arrays():
+    packed = pack_items([[[1, 2]]], row_length=3)
+    assert isinstance(jax.tree.map(jnp.asarray, packed), PackedItems)
+    assert len(jax.tree.leaves(packed)) == 5
+
+
+def test_doctests():
+    assert doctest.testmod(buckets_module).failed == 0
