@@ -6,24 +6,26 @@
 Hardware: 2 CPU cores, about a minute each.
 """
 
-from jaxsearch.config import OptimizerConfig, TrainConfig, pick
+from jaxsearch.config import TrainConfig, pick
 from jaxsearch.tasks.base import ModelConfig
-from jaxsearch.tasks.defaults import tiny_data, tiny_prompt
+from jaxsearch.tasks.defaults import tiny_data, tiny_optimizer, tiny_prompt
 from jaxsearch.tasks.language_model import LanguageModelConfig
 
 
 def _tiny(preset: str, steps: int) -> TrainConfig:
     return TrainConfig(
         name="base",
-        task=LanguageModelConfig(data=tiny_data(), model=ModelConfig(preset), prompt=tiny_prompt("ranker")),
+        task=LanguageModelConfig(
+            data=tiny_data(), model=ModelConfig(preset), prompt=tiny_prompt("ranker"), documents=3
+        ),
         steps=steps,
-        batch_size=32,
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30, b2=0.98),
+        batch_size=48,
+        optimizer=tiny_optimizer(),
     )
 
 
 def get_config(variant: str) -> TrainConfig:
     """Variants: tiny (teacher size), tiny_student."""
     return pick(
-        variant, {"tiny": lambda: _tiny("tiny", 300), "tiny_student": lambda: _tiny("tiny_student", 300)}
+        variant, {"tiny": lambda: _tiny("tiny", 200), "tiny_student": lambda: _tiny("tiny_student", 250)}
     )

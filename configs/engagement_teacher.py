@@ -8,7 +8,7 @@ Hardware: tiny 2 CPU cores; qwen3_1_7b a TPU or GPU slice.
 from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
 from jaxsearch.data.prompts import FEATURES, PromptConfig
 from jaxsearch.tasks.base import ModelConfig
-from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_prompt
+from jaxsearch.tasks.defaults import TINY_SERVED, full_data, tiny_data, tiny_optimizer, tiny_prompt
 from jaxsearch.tasks.engagement_teacher import EngagementTeacherConfig
 
 
@@ -16,11 +16,13 @@ def _tiny() -> TrainConfig:
     return TrainConfig(
         name="engagement_teacher",
         task=EngagementTeacherConfig(
-            data=tiny_data(), model=ModelConfig("tiny"), prompt=tiny_prompt("ranker", tuple(FEATURES))
+            data=tiny_data(),
+            model=ModelConfig("tiny"),
+            prompt=tiny_prompt("ranker", ("position", *TINY_SERVED)),
         ),
-        steps=250,
-        batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10, b2=0.98),
+        steps=150,
+        batch_size=32,
+        optimizer=tiny_optimizer(),
     )
 
 

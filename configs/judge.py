@@ -9,7 +9,7 @@ Hardware: tiny 2 CPU cores; qwen3_8b a v5p or v6e slice (mesh data x fsdp x tens
 from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.tasks.base import ModelConfig
-from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_prompt
+from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_optimizer, tiny_prompt
 from jaxsearch.tasks.judge import JudgeConfig
 
 
@@ -19,9 +19,9 @@ def _tiny() -> TrainConfig:
         task=JudgeConfig(
             data=tiny_data(), model=ModelConfig("tiny"), prompt=tiny_prompt("judge"), candidates=12
         ),
-        steps=300,
-        batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, b2=0.98),
+        steps=250,
+        batch_size=32,
+        optimizer=tiny_optimizer(),
     )
 
 

@@ -9,7 +9,7 @@ Hardware: tiny 2 CPU cores; qwen3_0_6b a TPU or GPU slice.
 from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.tasks.base import ModelConfig
-from jaxsearch.tasks.defaults import SERVED, full_data, tiny_data, tiny_prompt
+from jaxsearch.tasks.defaults import SERVED, TINY_SERVED, full_data, tiny_data, tiny_optimizer, tiny_prompt
 from jaxsearch.tasks.ranker import RankerConfig
 
 
@@ -19,12 +19,12 @@ def _tiny() -> TrainConfig:
         task=RankerConfig(
             data=tiny_data(),
             model=ModelConfig("tiny_student"),
-            prompt=tiny_prompt("ranker", SERVED),
+            prompt=tiny_prompt("ranker", TINY_SERVED),
             candidates=16,
         ),
-        steps=400,
-        batch_size=24,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, b2=0.98),
+        steps=350,
+        batch_size=32,
+        optimizer=tiny_optimizer(),
     )
 
 

@@ -9,7 +9,7 @@ Hardware: tiny 2 CPU cores; smollm2_135m_8l (the first 8 layers) 2 CPU cores and
 from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.tasks.base import DataConfig, ModelConfig
-from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_prompt
+from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_optimizer, tiny_prompt
 from jaxsearch.tasks.relevance_teacher import RelevanceTeacherConfig
 
 
@@ -19,9 +19,9 @@ def _tiny() -> TrainConfig:
         task=RelevanceTeacherConfig(
             data=tiny_data(), model=ModelConfig("tiny"), prompt=tiny_prompt("ranker"), candidates=12
         ),
-        steps=200,
-        batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10, b2=0.98),
+        steps=120,
+        batch_size=32,
+        optimizer=tiny_optimizer(),
     )
 
 

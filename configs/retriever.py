@@ -10,7 +10,7 @@ Hardware: tiny 2 CPU cores; qwen3_0_6b any TPU or GPU slice.
 from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.tasks.base import ModelConfig
-from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_prompt
+from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_optimizer, tiny_prompt
 from jaxsearch.tasks.retriever import RetrieverConfig
 
 
@@ -23,9 +23,9 @@ def _tiny() -> TrainConfig:
             query_prompt=tiny_prompt("query"),
             document_prompt=tiny_prompt("document"),
         ),
-        steps=300,
+        steps=200,
         batch_size=64,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, b2=0.98),
+        optimizer=tiny_optimizer(),
     )
 
 

@@ -49,8 +49,13 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, cosine decay and clipping by global norm."""
+    """AdamW or Muon with linear warm-up, cosine decay and clipping by global norm."""
 
+    kind: str = "adamw"
+    """"adamw", or "muon": orthogonalised momentum for the matrices of the layers, AdamW for the rest. From scratch, small models learn to
+    match a query with a document in less than half the steps with it."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the matrices under "muon"."""
     learning_rate: float = 1e-3
     """Peak learning rate, reached after the warm-up."""
     warmup_steps: int = 0
@@ -73,6 +78,10 @@ class OptimizerConfig:
     """Gradients with a larger global norm are scaled down to it; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
+        _require(self.kind in ("adamw", "muon"), "optimizer.kind", self.kind, "adamw or muon")
+        _require(
+            self.muon_learning_rate > 0, "optimizer.muon_learning_rate", self.muon_learning_rate, "a positive number"
+        )
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm"):
             _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "zero or more")

@@ -142,16 +142,17 @@ def loss(decoder):
     return jnp.mean(jax.nn.logsumexp(decoder.logits(hidden), axis=-1) ** 2)
 
 
-def gradients(decoder):
+@functools.cache
+def gradients(**changes):
+    decoder = with_config(make(CONFIG), **changes)
     return jax.tree.leaves(jax.device_get(nnx.jit(nnx.grad(loss))(decoder)))
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_rematerialisation_changes_no_gradient(remat):
-    decoder = make(CONFIG)
-    plain = gradients(decoder)
+    plain = gradients()
     assert all(np.abs(g).max() > 0 for g in plain)
-    for a, b in zip(plain, gradients(with_config(decoder, remat=remat)), strict=True):
+    for a, b in zip(plain, gradients(remat=remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -190,7 +191,7 @@ def test_bfloat16_is_close_and_keeps_float32_gradients_and_logits():
     assert half.logits(hidden).dtype == jnp.float32
     difference = np.abs(np.asarray(hidden, np.float32) - exact)
     assert 0 < difference.max() < 0.15
-    assert all(g.dtype == np.float32 and np.isfinite(g).all() for g in gradients(half))
+    assert all(g.dtype == np.float32 and np.isfinite(g).all() for g in gradients(compute_dtype="bfloat16"))
     assert decoder.config.compute_dtype == "float32"
 
 

@@ -23,7 +23,7 @@ MORE = 8
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    decoder = Decoder(CONFIG, rngs=nnx.Rngs(3))
+    decoder = nnx.jit(lambda: Decoder(CONFIG, rngs=nnx.Rngs(3)))()
     decoder.unembedding[...] = 4 * decoder.unembedding[...]  # livelier texts
     return decoder
 

@@ -71,7 +71,7 @@ def test_moments_lie_like_their_parameters() -> None:
     shardings = parameter_shardings(params, mesh)
     optimizer = optax.adamw(1e-3)
     values = nnx.to_pure_dict(params)
-    placed = optimizer_shardings(optimizer, jax.eval_shape(optimizer.init, values), shardings, mesh)
+    placed = optimizer_shardings(jax.eval_shape(optimizer.init, values), shardings, mesh)
     assert placed[0].mu == shardings
     assert placed[0].nu == shardings
     assert placed[0].count.spec == PartitionSpec()

@@ -15,6 +15,7 @@ import numpy as np
 from jaxsearch.data import job_market, onet_jobs
 from jaxsearch.data.job_market.generator import VARIANTS, VERSION
 from jaxsearch.data.records import ACTIONS, Document, Impression, Query, to_dict
+from jaxsearch.errors import InputError
 
 PAIRS_PER_QUERY = 16
 """Candidates that a training query is given where the data set brings none."""
@@ -70,7 +71,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 over the texts and training pairs; a store of teacher scores belongs to one fingerprint."""
         digest = hashlib.sha256(self.name.encode())
-        for record in (*self.documents, *self.queries["train"]):
+        records: tuple[Document | Query, ...] = (*self.documents, *self.queries["train"])
+        for record in records:
             digest.update(json.dumps(to_dict(record), sort_keys=True).encode())
         for pairs in self.pairs:
             digest.update(np.int32(pairs.query).tobytes() + pairs.documents.tobytes())
@@ -89,7 +91,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
       data_dir: TFDS's folder of prepared data (its default: `~/tensorflow_datasets`).
 
     Raises:
-      ValueError: no such data set or variant.
+      InputError: no such data set or variant.
     """
     family, _, variant = name.partition(":")
     if family == "job_market" and (variant or "default") in VARIANTS:
@@ -97,7 +99,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
     if family == "onet_jobs" and not variant:
         return _onet_jobs(data_dir)
     known = ", ".join([*(f"job_market:{variant}" for variant in VARIANTS), "onet_jobs"])
-    raise ValueError(f"data set is {name!r}: use one of {known}")
+    raise InputError(f"data set is {name!r}: use one of {known}")
 
 
 def _job_market(variant: str, data_dir: str | Path | None) -> Dataset:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from jaxsearch.data.records import Document, Query
 from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.errors import InputError
 
 KINDS = ("judge", "ranker", "query", "document")
 STYLES = ("full", "short")
@@ -112,7 +113,7 @@ class PromptConfig:
     """One prompt template; part of the model contract.
 
     Raises:
-      ValueError: an unknown kind, style, chat format or feature, or a limit below 1.
+      InputError: an unknown kind, style, chat format or feature, a limit below 1, or a value of another type.
     """
 
     kind: str
@@ -135,13 +136,18 @@ class PromptConfig:
     def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("style", STYLES), ("chat", tuple(FORMATS))):
             if getattr(self, name) not in known:
-                raise ValueError(f"prompt.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
+                raise InputError(f"prompt.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
+        for name in ("features", "searcher"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
+                raise InputError(f"prompt.{name} is {value!r}: give a tuple of names")
         for feature in self.features:
             if feature not in FEATURES:
-                raise ValueError(f"prompt.features has {feature!r}: known are {', '.join(FEATURES)}")
+                raise InputError(f"prompt.features has {feature!r}: known are {', '.join(FEATURES)}")
         for name in ("max_query_tokens", "max_document_tokens", "serving_position"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"prompt.{name} is {getattr(self, name)}: use at least 1")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"prompt.{name} is {value!r}: use a whole number of at least 1")
 
 
 class DocumentTokens(NamedTuple):
@@ -181,8 +187,8 @@ class PromptRoom:
     def _suffix(self) -> list[int]:
         if self.config.kind in ("query", "document"):
             return [self.end_id]
-        question = _QUESTION[self.config.kind] if self.config.style == "full" else ""
-        return self._ids((question, *self.format.answer))
+        closing = _QUESTION[self.config.kind] if self.config.style == "full" else self.format.end
+        return self._ids((closing, *self.format.answer))
 
     def _opening(self, vertical: str) -> list[int]:
         """Token ids of everything before the query's own text."""
@@ -208,19 +214,21 @@ class PromptRoom:
         """Token ids of each prefix.
 
         Raises:
-          ValueError: a query is empty or too long; names it.
+          InputError: a query is empty or too long; names it.
         """
         openings = {vertical: self._opening(vertical) for vertical in {query.vertical for query in queries}}
         texts = self.tokenizer.encode([self._query_text(query) for query in queries])
         for query, ids in zip(queries, texts, strict=True):
             if not query.text.strip():
-                raise ValueError(f"query {query.id!r} is empty: give at least one word")
+                raise InputError(f"query {query.id!r} is empty: give at least one word")
             if len(ids) > self.config.max_query_tokens:
-                raise ValueError(
+                raise InputError(
                     f"query {query.id!r} with its searcher has {len(ids)} tokens, max_query_tokens is "
                     f"{self.config.max_query_tokens}: shorten it, or raise the limit in the prompt config"
                 )
-        tail = self.suffix if self.config.kind == "query" else []
+        # In short prompts the end token stands where instructions stand in full ones: it closes query and document.
+        closed = self.config.kind == "query" or self.config.style == "short"
+        tail = [self.end_id] if closed else []
         return [openings[query.vertical] + ids + tail for query, ids in zip(queries, texts, strict=True)]
 
     def document_text(self, document: Document) -> str:
@@ -244,7 +252,10 @@ class PromptRoom:
             (FEATURES[name], FEATURES[name].value(query, document, place)) for name in self.config.features
         ]
         if self.config.style == "short":
-            return "".join(f" {feature.short} {value}" for feature, value in written if value is not None)
+            # A number stands right behind its name: a space before a digit would be a token of its own.
+            return "".join(
+                f" {feature.short}{value if value[0].isdigit() else ' ' + value}" for feature, value in written if value is not None
+            )
         return "".join(
             f"\n{feature.full.capitalize()}: {value}" for feature, value in written if value is not None
         )
@@ -263,9 +274,9 @@ def _policy(vertical: str) -> str:
     """The grading policy of a vertical, word for word.
 
     Raises:
-      ValueError: no policy was written for it.
+      InputError: no policy was written for it.
     """
     file = resources.files("jaxsearch.data.job_market").joinpath(f"policy_{vertical}.md")
     if not file.is_file():
-        raise ValueError(f"vertical is {vertical!r}: there is no grading policy policy_{vertical}.md")
+        raise InputError(f"vertical is {vertical!r}: there is no grading policy policy_{vertical}.md")
     return file.read_text(encoding="utf-8")

@@ -5,9 +5,10 @@ is plain data; `validate()` raises `RecordError`, which names the field, the val
 """
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal, TypeVar
 
 from jaxsearch.errors import InputError
@@ -30,8 +31,19 @@ class RecordError(InputError):
 
 
 def _fail(record: str, name: str, value: object, fix: str) -> None:
-    shown = repr(value)
-    raise RecordError(f"{record}.{name} is {shown[:120]}{'...' if len(shown) > 120 else ''}: {fix}")
+    raise RecordError(f"{record}.{_short(name)} is {_short(repr(value))}: {fix}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else text[:120] + "..."
+
+
+def _check_characters(record: str, name: str, text: str) -> None:
+    """JSON can spell half a character (a lone surrogate), which no tokenizer takes and no file holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        _fail(record, name, text[error.start : error.end], "this is half a character; remove it")
 
 
 def _check_id(record: str, name: str, value: object) -> None:
@@ -39,6 +51,8 @@ def _check_id(record: str, name: str, value: object) -> None:
         _fail(record, name, value, "give a non-empty string")
     elif len(value) > MAX_ID_LENGTH:
         _fail(record, name, value, f"use at most {MAX_ID_LENGTH} characters (this has {len(value)})")
+    else:
+        _check_characters(record, name, value)
 
 
 def _check_vertical(record: str, value: object) -> None:
@@ -53,12 +67,15 @@ def _check_texts(record: str, name: str, value: object, limit: int = MAX_FIELD_C
     for key, text in value.items():
         if not isinstance(key, str) or not key:
             _fail(record, name, key, "field names are non-empty strings")
+        _check_characters(record, name, key)
         if not isinstance(text, str):
             _fail(record, f"{name}[{key!r}]", text, "give a string")
         elif len(text) > limit:
             _fail(
                 record, f"{name}[{key!r}]", text, f"use at most {limit:,} characters (this has {len(text):,})"
             )
+        else:
+            _check_characters(record, f"{name}[{key!r}]", text)
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,7 @@ class Query:
             _fail("Query", "text", self.text, "an empty query cannot be ranked; give at least one word")
         if len(self.text) > MAX_QUERY_CHARACTERS:
             _fail("Query", "text", self.text, f"use at most {MAX_QUERY_CHARACTERS:,} characters")
+        _check_characters("Query", "text", self.text)
         _check_vertical("Query", self.vertical)
         _check_texts("Query", "searcher", self.searcher)
         _check_texts("Query", "filters", self.filters)
@@ -107,7 +125,12 @@ class Document:
         if not isinstance(self.numeric, Mapping):
             _fail("Document", "numeric", self.numeric, "give a mapping from name to number")
         for key, value in self.numeric.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not isinstance(key, str) or not key:
+                _fail("Document", "numeric", key, "names are non-empty strings")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if (
+                not number or not abs(value) <= sys.float_info.max
+            ):  # neither NaN nor infinite nor a huge integer
                 _fail("Document", f"numeric[{key!r}]", value, "give a finite number")
 
 
@@ -128,6 +151,7 @@ class Judgment:
             _fail("Judgment", "grade", self.grade, "grades are the whole numbers 0 to 4")
         if not isinstance(self.rationale, str):
             _fail("Judgment", "rationale", self.rationale, "give a string (empty when there is none)")
+        _check_characters("Judgment", "rationale", self.rationale)
 
 
 @dataclass(frozen=True)
@@ -164,6 +188,18 @@ class Impression:
                 _fail("Impression", "actions", key, f"actions of {self.vertical} are {', '.join(known)}")
             if value is not None and not isinstance(value, bool):
                 _fail("Impression", f"actions[{key!r}]", value, "use true, false, or null for not eligible")
+        if not isinstance(self.shown_at, str) or (self.shown_at and not _is_time(self.shown_at)):
+            _fail(
+                "Impression", "shown_at", self.shown_at, "give an ISO 8601 time such as 2026-06-01T12:00:00Z"
+            )
+
+
+def _is_time(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 Record = Query | Document | Judgment | Impression

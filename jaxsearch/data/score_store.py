@@ -6,6 +6,8 @@ all. Reading refuses a store that is unfinished, or that belongs to other data t
 
 import json
 import os
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -131,12 +133,20 @@ def read_scores(
         try:
             with np.load(path, allow_pickle=False) as part:
                 query, document, scores = part["query"], part["document"], part["scores"]
-        except (ValueError, KeyError, OSError, EOFError) as error:
+            _check_shard(meta, query, document, scores)
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise StoreError(
                 f"{path} is damaged ({error}): delete it and run the labelling job again"
             ) from error
         found.update(zip(zip(query.tolist(), document.tolist(), strict=True), scores, strict=True))
     return meta, found
+
+
+def _check_shard(meta: StoreMeta, query: np.ndarray, document: np.ndarray, scores: np.ndarray) -> None:
+    if query.ndim != 1 or query.shape != document.shape or scores.shape != (len(query), len(meta.columns)):
+        raise ValueError(f"shapes are {query.shape}, {document.shape}, {scores.shape}")
+    if not np.issubdtype(scores.dtype, np.floating) or not np.isfinite(scores).all():
+        raise ValueError("scores are not finite numbers")
 
 
 def _shard_file(folder: Path, shard: int) -> Path:
@@ -147,8 +157,16 @@ def _read_meta(folder: Path) -> StoreMeta:
     path = folder / META
     if not path.is_file():
         raise StoreError(f"{folder} holds no score store ({META}): run the labelling job first")
-    values = json.loads(path.read_text())
-    return StoreMeta(**{**values, "columns": tuple(values["columns"])})
+    try:
+        values = json.loads(path.read_text())
+        meta = StoreMeta(**{**values, "columns": tuple(values["columns"])})
+        if meta.shard < 1 or meta.queries < 0:
+            raise ValueError(f"shard is {meta.shard}, queries {meta.queries}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}): delete the folder and run the labelling job again"
+        ) from error
+    return meta
 
 
 def _refuse_difference(folder: Path, there: StoreMeta, wanted: StoreMeta) -> None:

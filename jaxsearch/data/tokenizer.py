@@ -11,6 +11,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from jaxsearch.errors import InputError
+
 TINY_CONTROL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 """Control tokens of a tokenizer trained here; ids 0 to 3."""
 LABELS = ("Yes", "No", "0", "1", "2", "3", "4")
@@ -26,6 +28,11 @@ class Tokenizer:
     """
 
     def __init__(self, inner: tokenizers.Tokenizer):
+        # Qwen3 calls <think> and <tool_call> not special, and would make them out of anybody's text.
+        marks = [t.content for t in inner.get_added_tokens_decoder().values() if not t.special]
+        inner.add_special_tokens(
+            [AddedToken(m, normalized=False) for m in marks if m[0] + m[-1] in ("<>", "[]")]
+        )
         inner.encode_special_tokens = True
         inner.no_padding()
         inner.no_truncation()
@@ -34,7 +41,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Ids are below this number."""
-        return self.inner.get_vocab_size(with_added_tokens=True)
+        return 1 + max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, in one call for all of them; no control token ever comes out."""
@@ -48,10 +55,10 @@ class Tokenizer:
         """The id of a control token.
 
         Raises:
-          ValueError: the tokenizer has no such token.
+          InputError: the tokenizer has no such token.
         """
         if (index := self.inner.token_to_id(token)) is None:
-            raise ValueError(
+            raise InputError(
                 f"control token is {token!r}: this tokenizer has none; choose the chat format that fits it"
             )
         return index
@@ -60,11 +67,11 @@ class Tokenizer:
         """The id of a one-token answer such as "Yes".
 
         Raises:
-          ValueError: the answer is several tokens here.
+          InputError: the answer is several tokens here.
         """
         (ids,) = self.encode([text])
         if len(ids) != 1:
-            raise ValueError(f"label is {text!r}: it is {len(ids)} tokens here, answers must be a single one")
+            raise InputError(f"label is {text!r}: it is {len(ids)} tokens here, answers must be a single one")
         return ids[0]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -79,12 +86,15 @@ class Tokenizer:
         """Read `tokenizer.json` from `folder` (data only, nothing is executed).
 
         Raises:
-          FileNotFoundError: it is not there.
+          InputError: it is not there, or damaged.
         """
         path = Path(folder) / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no tokenizer there; a model folder holds {FILE}")
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+            raise InputError(f"{path}: no tokenizer there; a model folder holds {FILE}")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises nothing more specific
+            raise InputError(f"{path} is damaged ({error}): copy it again") from error
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -93,10 +103,13 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Args:
       texts: what it is trained on.
       vocab_size: at least 256 bytes + control tokens + labels; the result may be smaller where the text is.
+
+    Raises:
+      InputError: the vocabulary is too small.
     """
     smallest = 256 + len(TINY_CONTROL) + len(LABELS)
     if vocab_size < smallest:
-        raise ValueError(
+        raise InputError(
             f"vocab_size is {vocab_size}: use at least {smallest} (all bytes, control tokens, labels)"
         )
     inner = tokenizers.Tokenizer(models.BPE())

@@ -7,8 +7,9 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,21 @@ from safetensors.numpy import load_file, save_file
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.data.records import Document, Query, from_dict, to_dict
 from jaxsearch.data.tokenizer import FILE as TOKENIZER_FILE
-from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.data.tokenizer import LABELS, Tokenizer
 from jaxsearch.errors import InputError
 from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.models.scorer import BiEncoder, Scorer
 
 FORMAT = 1
 KINDS = ("base", "judge", "ranker", "bi_encoder")
+_ANSWERS = {"judge": LABELS[2:], "ranker": LABELS[:2]}
+"""Labels in the order of the logits; a kind that is not here has none."""
+_PARTS = {
+    "judge": {"pair": "judge"},
+    "ranker": {"pair": "ranker"},
+    "bi_encoder": {"query": "query", "document": "document"},
+}
+"""Prompts that a kind needs, and their kinds."""
 CONTRACT_FILE, WEIGHTS_FILE = "contract.json", "model.safetensors"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
 """How far a golden score may move between machines and backends, by compute dtype (log-odds; cosine for a bi-encoder)."""
@@ -91,7 +100,8 @@ def _flat(module: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_model(
@@ -123,7 +133,7 @@ def save_model(
         ],
         "sha256": {name: _digest(root / name) for name in (WEIGHTS_FILE, TOKENIZER_FILE)},
     }
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = root / (CONTRACT_FILE + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, root / CONTRACT_FILE)
@@ -144,12 +154,10 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
         contract = _parse(values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ContractError(f"{path} cannot be used ({error}): export the model anew") from error
-    for name, expected in values["sha256"].items():
-        if name not in (WEIGHTS_FILE, TOKENIZER_FILE):
-            raise ContractError(f"{path}: sha256 names {name!r}, which is no part of a model folder")
-        if not (root / name).is_file() or _digest(root / name) != expected:
+    for name in (WEIGHTS_FILE, TOKENIZER_FILE):
+        if not (root / name).is_file() or _digest(root / name) != values["sha256"][name]:
             raise ContractError(
                 f"{root / name} is missing or is not the file the contract was written for: copy the whole folder"
             )
@@ -163,11 +171,17 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
         raise ContractError(
             f"{path}: vocab_size is {contract.architecture.vocab_size}, the tokenizer has {tokenizer.vocab_size} tokens"
         )
-    module = make_module(contract, nnx.Rngs(0))
+    if 4 * contract.architecture.parameters > (root / WEIGHTS_FILE).stat().st_size:
+        raise ContractError(
+            f"{path}: the architecture has more parameters than {WEIGHTS_FILE} holds; export the model anew"
+        )
     try:
-        load_weights(module, load_file(root / WEIGHTS_FILE))
-    except SafetensorError as error:
+        tensors = load_file(root / WEIGHTS_FILE)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise ContractError(f"{root / WEIGHTS_FILE} is damaged ({error}): copy it again") from error
+    # Shapes alone: whatever the contract claims, nothing is allocated that the file does not hold.
+    module = nnx.eval_shape(lambda: make_module(contract, nnx.Rngs(0)))
+    load_weights(module, tensors)
     return Model(module, contract, tokenizer, hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -187,7 +201,7 @@ def load_weights(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
     """Put tensors into a module, by name.
 
     Raises:
-      ContractError: a tensor is unknown, missing, or has another shape.
+      ContractError: a tensor is unknown, missing, or has another shape or dtype.
     """
     flat = {
         ".".join(map(str, path)): variable
@@ -199,9 +213,10 @@ def load_weights(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
                 f"weights: {problem} tensors {', '.join(sorted(names))}; this is another architecture"
             )
     for name, variable in flat.items():
-        if tensors[name].shape != variable.shape:
+        given = tensors[name]
+        if given.shape != variable.shape or given.dtype != variable.dtype:
             raise ContractError(
-                f"weights: {name} has shape {tensors[name].shape}, the architecture needs {variable.shape}"
+                f"weights: {name} is {given.dtype} {given.shape}, the architecture needs {variable.dtype} {variable.shape}"
             )
     state = {
         path: variable.replace(jnp.asarray(tensors[".".join(map(str, path))]))
@@ -213,27 +228,48 @@ def load_weights(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
 def _parse(values: Mapping[str, Any]) -> Contract:
     if values.get("format") != FORMAT:
         raise ValueError(f"format is {values.get('format')!r}, this version reads {FORMAT}")
-    if values["kind"] not in KINDS:
-        raise ValueError(f"kind is {values['kind']!r}, not one of {', '.join(KINDS)}")
+    kind = values["kind"]
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
+    if sorted(values["sha256"]) != sorted((WEIGHTS_FILE, TOKENIZER_FILE)):
+        raise ValueError(f"sha256 is {values['sha256']!r}, not of {WEIGHTS_FILE} and {TOKENIZER_FILE}")
+    labels, actions = values["labels"], values["actions"]
+    if tuple(labels) != _ANSWERS.get(kind, ()):
+        raise ValueError(
+            f"labels are {', '.join(labels) or 'none'}, a {kind} has {', '.join(_ANSWERS.get(kind, ())) or 'none'}"
+        )
+    if not isinstance(actions, list) or not all(isinstance(action, str) for action in actions):
+        raise ValueError(f"actions are {actions!r}, not a list of names")
+    prompts = {name: _prompt(prompt) for name, prompt in values["prompts"].items()}
+    for part, wanted in _PARTS.get(kind, {}).items():
+        if part not in prompts or prompts[part].kind != wanted:
+            raise ValueError(f"prompts.{part} is missing or not of kind {wanted!r}")
+    golden = tuple(
+        Golden(
+            from_dict(Query, item["query"]),
+            from_dict(Document, item["document"]),
+            tuple(float(score) for score in item["scores"]),
+        )
+        for item in values["golden"]
+    )
+    width = 1 if kind == "bi_encoder" else len(labels) + len(actions)
+    for item in golden:
+        if len(item.scores) != width or not all(map(math.isfinite, item.scores)):
+            raise ValueError(f"golden scores {item.scores} are not {width} finite numbers")
     return Contract(
-        kind=values["kind"],
+        kind=kind,
         architecture=DecoderConfig(**values["architecture"]),
-        prompts={name: _prompt(prompt) for name, prompt in values["prompts"].items()},
-        labels={str(name): int(index) for name, index in values["labels"].items()},
-        actions=tuple(values["actions"]),
+        prompts=prompts,
+        labels={name: int(index) for name, index in labels.items()},
+        actions=tuple(actions),
         calibrators=values["calibrators"],
         training=values["training"],
-        golden=tuple(
-            Golden(
-                from_dict(Query, golden["query"]),
-                from_dict(Document, golden["document"]),
-                tuple(float(score) for score in golden["scores"]),
-            )
-            for golden in values["golden"]
-        ),
+        golden=golden,
     )
 
 
 def _prompt(values: Mapping[str, Any]) -> PromptConfig:
-    lists: Sequence[str] = ("features", "searcher")
-    return PromptConfig(**{name: tuple(value) if name in lists else value for name, value in values.items()})
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return PromptConfig(**fields)

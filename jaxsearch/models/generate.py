@@ -71,15 +71,14 @@ def generate(
         raise InputError(f"top_p is {top_p}: give a probability above 0, at most 1")
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
     graph, state = nnx.split(decoder)
-    settings = (jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
+    probability = None if top_p is None else jnp.float32(top_p)
     return _generate(
         graph,
         state,
         tokens,
         lengths,
         jnp.asarray(ends, jnp.int32),
-        settings if temperature > 0 else None,
-        key if temperature > 0 else None,
+        None if key is None or temperature == 0 else (key, jnp.float32(temperature), probability),
         max_new_tokens=max_new_tokens,
         top_k=top_k if temperature > 0 else None,
     )
@@ -92,8 +91,7 @@ def _generate(
     tokens: Array,
     lengths: Array,
     ends: Array,
-    sampling: tuple[Array, Array | None] | None,
-    key: Array | None,
+    sampling: tuple[Array, Array, Array | None] | None,
     *,
     max_new_tokens: int,
     top_k: int | None,
@@ -105,7 +103,9 @@ def _generate(
         logits = decoder.logits(hidden)
         if sampling is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return sample(logits, jax.random.fold_in(key, step), *sampling, top_k=top_k).astype(jnp.int32)
+        key, temperature, top_p = sampling
+        drawn = sample(logits, jax.random.fold_in(key, step), temperature, top_p, top_k=top_k)
+        return drawn.astype(jnp.int32)
 
     positions = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
     where = positions < lengths[:, None]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from jaxsearch.data.datasets import Dataset, Pairs
 from jaxsearch.data.score_store import ScoreStore, StoreMeta
+from jaxsearch.errors import InputError
 from jaxsearch.models.contract import ContractError, Model
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.records import RecordScorer
@@ -49,11 +50,15 @@ def label(
       shard: queries per file.
 
     Raises:
-      ContractError: the model is a bi-encoder.
+      InputError: a number is out of range.
+      ContractError: the model is neither judge nor ranker.
       StoreError: the folder holds scores of another model, of other data, or with other settings.
     """
+    for name, value, least in (("per_query", per_query, 0), ("shard", shard, 1)):
+        if value < least:
+            raise InputError(f"{name} is {value}: use at least {least}")
     contract = model.contract
-    if not isinstance(model.module, Scorer):
+    if not isinstance(model.module, Scorer) or not contract.labels:
         raise ContractError(f"a {contract.kind} gives no scores per pair: label with a judge or ranker")
     meta = StoreMeta(
         model=model.hash,

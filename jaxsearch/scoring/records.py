@@ -1,6 +1,8 @@
 """From records to scores: prompts, tokens and the prefill function behind one call. Evaluation, labelling and serving use it."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jaxsearch.scoring.prefill import Buckets, PrefillScorer, steps
 
 JUDGE_LABELS = ("0", "1", "2", "3", "4")
 RANKER_LABELS = ("Yes", "No")
+Scores = TypeVar("Scores", np.ndarray, jax.Array)
 
 
 class RecordScorer:
@@ -83,12 +86,12 @@ class RecordScorer:
         return results
 
 
-def relevance_log_odds(logits: np.ndarray) -> np.ndarray:
+def relevance_log_odds(logits: Scores) -> Scores:
     """A ranker's log p(Yes) - log p(No), fp32 [L] (logits [L, 2 + A])."""
     return logits[..., 0] - logits[..., 1]
 
 
-def action_log_odds(logits: np.ndarray) -> np.ndarray:
+def action_log_odds(logits: Scores) -> Scores:
     """A ranker's log-odds per action, fp32 [L, A] (logits [L, 2 + A])."""
     return logits[..., len(RANKER_LABELS) :]
 
@@ -126,15 +129,12 @@ class Embedder:
     ):
         self._query_room = PromptRoom(tokenizer, query_prompt)
         self._document_room = PromptRoom(tokenizer, document_prompt)
-        graphdef, self._state = nnx.split(encoder)
+        self._graphdef, state = nnx.split(encoder)
+        # Variables of its own, like PrefillScorer: training the encoder on does not change this one.
+        self._state = jax.tree.map(lambda x: x, state)
         self._tokens = tokens
         self._width = encoder.decoder.config.width
         self._lengths = steps(8, 8192)
-
-        def run(state: nnx.State, tokens: jax.Array, where: jax.Array) -> jax.Array:
-            return nnx.merge(graphdef, state)(tokens, where)
-
-        self._run = jax.jit(run)
 
     def queries(self, queries: Sequence[Query]) -> np.ndarray:
         """fp32 [B, D], rows of length 1."""
@@ -157,11 +157,16 @@ class Embedder:
             for row, i in enumerate(group):
                 tokens[row, : len(texts[i])] = texts[i]
                 where[row, : len(texts[i])] = True
-            result[group] = np.asarray(self._run(self._state, jnp.asarray(tokens), jnp.asarray(where)))[
-                : len(group)
-            ]
+            found = _embed(self._graphdef, self._state, jnp.asarray(tokens), jnp.asarray(where))
+            result[group] = np.asarray(found)[: len(group)]
             start += len(group)
         return result
 
     def _round(self, length: int) -> int:
         return next((size for size in self._lengths if size >= length), length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array, where: jax.Array) -> jax.Array:
+    """Compiled once for all embedders of one architecture."""
+    return nnx.merge(graphdef, state)(tokens, where)

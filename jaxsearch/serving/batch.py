@@ -47,6 +47,9 @@ def rank_file(
             raise InputError(f"{name} is {value}: use at least 1")
     queries = read_records(queries_file, Query)
     unique_ids(queries)
+    for name in (record.id for records in (queries, bundle.documents) for record in records):
+        if len(name.split()) != 1:
+            raise InputError(f"id {name!r} holds white space, which a TREC run cannot: use ids without")
     folder = Path(output)
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -94,11 +97,6 @@ def _write_trec(path: Path, rows: list[dict]) -> None:
     lines = []
     for row in rows:
         for result in row["results"]:
-            for name in (row["query_id"], result["document_id"]):
-                if len(name.split()) != 1:
-                    raise InputError(
-                        f"id {name!r} holds white space, which a TREC run cannot: use ids without"
-                    )
             tie = 1e-9 * result["rank"]
             lines.append(
                 f"{row['query_id']} Q0 {result['document_id']} {result['rank']} {result['score'] - tie:.10f} jaxsearch\n"

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import expit
 
 from jaxsearch.data.jsonl import read_records, write_lines
 from jaxsearch.data.records import Document, Query, to_dict, unique_ids
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import Model, load_model, save_model
 from jaxsearch.models.scorer import BiEncoder, Scorer
+from jaxsearch.retrieval.exhaustive import filter_mask
 from jaxsearch.retrieval.index import ScannIndex
 from jaxsearch.scoring.records import Embedder, RecordScorer, action_log_odds, relevance_log_odds
 
@@ -36,29 +38,26 @@ def build_bundle(
     """Encode the documents, build the index, and write a bundle.
 
     Raises:
-      BundleError: the folder is not empty and no bundle, or the models are of the wrong kind.
+      BundleError: the folder is not empty and no bundle, there is no document, or the models are of the wrong kind.
       RecordError: a bad document, or two with one id.
     """
     root = Path(folder)
     if root.exists() and any(root.iterdir()) and not (root / BUNDLE_FILE).is_file():
         raise BundleError(f"{root} is not empty and holds no bundle: give a new folder")
     _check_kinds(ranker, retriever)
+    if not documents:
+        raise BundleError("there are no documents: give at least one")
     for document in documents:
         document.validate()
     unique_ids(documents)
     root.mkdir(parents=True, exist_ok=True)
     (root / BUNDLE_FILE).unlink(missing_ok=True)
-    save_model(root / "ranker", ranker.module, ranker.contract, ranker.tokenizer)
-    save_model(root / "retriever", retriever.module, retriever.contract, retriever.tokenizer)
+    values: dict[str, object] = {"format": FORMAT, "documents": len(documents)}
+    for name, model in (("ranker", ranker), ("retriever", retriever)):
+        values[name] = save_model(root / name, model.module, model.contract, model.tokenizer)
     write_lines(root / "documents.jsonl", map(to_dict, documents))
     ScannIndex.build(make_embedder(retriever).documents(documents)).save(root / "index")
-    values = {
-        "format": FORMAT,
-        "ranker": ranker.hash,
-        "retriever": retriever.hash,
-        "documents": len(documents),
-        "documents_sha256": _digest(root / "documents.jsonl"),
-    }
+    values |= _data_hashes(root)
     temporary = root / (BUNDLE_FILE + ".tmp")
     temporary.write_text(json.dumps(values, indent=1) + "\n")
     os.replace(temporary, root / BUNDLE_FILE)
@@ -78,16 +77,18 @@ def make_scorer(ranker: Model, documents: Sequence[Document]) -> RecordScorer:
 
 
 def golden_error(model: Model) -> float:
-    """Largest deviation from the contract's golden scores; 0 where it has none."""
-    worst = 0.0
-    for golden in model.contract.golden:
-        if isinstance(model.module, BiEncoder):
-            embedder = make_embedder(model)
-            found = np.sum(embedder.queries([golden.query]) * embedder.documents([golden.document]), axis=1)
-        else:
-            found = make_scorer(model, [golden.document])([golden.query], [np.zeros(1, np.int32)])[0][0]
-        worst = max(worst, float(np.abs(found - np.asarray(golden.scores)).max()))
-    return worst
+    """Largest deviation from the contract's golden scores; 0 where it has none, NaN where a score is no number."""
+    golden = model.contract.golden
+    if not golden:
+        return 0.0
+    queries, documents = [g.query for g in golden], [g.document for g in golden]
+    if isinstance(model.module, BiEncoder):
+        embedder = make_embedder(model)
+        found = np.sum(embedder.queries(queries) * embedder.documents(documents), axis=1, keepdims=True)
+    else:
+        rows = [np.array([i], np.int32) for i in range(len(golden))]
+        found = np.concatenate(make_scorer(model, documents)(queries, rows))
+    return float(np.abs(found - np.array([g.scores for g in golden])).max())
 
 
 def _check_kinds(ranker: Model, retriever: Model) -> None:
@@ -96,8 +97,31 @@ def _check_kinds(ranker: Model, retriever: Model) -> None:
             raise BundleError(f"{name} is a {model.contract.kind}: give the model folder of a {kind}")
 
 
+def _check_golden(root: Path, name: str, model: Model) -> None:
+    allowed = model.contract.tolerance
+    try:
+        deviation = golden_error(model)
+    except FloatingPointError as error:
+        raise BundleError(
+            f"{root}: the {name} gives scores that are no numbers ({error}): not ready to serve"
+        ) from error
+    if not deviation <= allowed:
+        raise BundleError(
+            f"{root}: the {name} misses its golden scores by {deviation:.3g} (allowed {allowed}): not ready to serve"
+        )
+
+
+def _data_hashes(root: Path) -> dict[str, str]:
+    """SHA-256 of the documents, and of the index with the names of its files."""
+    index = hashlib.sha256()
+    for path in sorted((root / "index").iterdir()):
+        index.update(f"{path.name} {_digest(path)}\n".encode())
+    return {"documents_sha256": _digest(root / "documents.jsonl"), "index_sha256": index.hexdigest()}
+
+
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Result(NamedTuple):
@@ -141,27 +165,25 @@ class Bundle:
             values = json.loads(text)
             if values["format"] != FORMAT:
                 raise BundleError(f"{path}: format is {values['format']}, this version reads {FORMAT}")
-            wanted = {name: values[name] for name in ("ranker", "retriever", "documents_sha256")}
-        except (ValueError, KeyError, TypeError) as error:
+            names = ("ranker", "retriever", "documents_sha256", "index_sha256")
+            wanted = {name: values[name] for name in names}
+            hashes = _data_hashes(root)
+        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
             raise BundleError(f"{path} cannot be used ({error}): build the bundle anew") from error
         ranker, retriever = load_model(root / "ranker"), load_model(root / "retriever")
         _check_kinds(ranker, retriever)
-        found = {
-            "ranker": ranker.hash,
-            "retriever": retriever.hash,
-            "documents_sha256": _digest(root / "documents.jsonl"),
-        }
+        found = {"ranker": ranker.hash, "retriever": retriever.hash, **hashes}
         if differing := [name for name in wanted if wanted[name] != found[name]]:
             raise BundleError(
                 f"{root}: {', '.join(differing)} changed since the bundle was built; build it anew"
             )
         for name, model in (("ranker", ranker), ("retriever", retriever)):
-            if (error := golden_error(model)) > model.contract.tolerance:
-                raise BundleError(
-                    f"{root}: the {name} misses its golden scores by {error:.3g} (allowed {model.contract.tolerance}): not ready to serve"
-                )
+            _check_golden(root, name, model)
         documents = read_records(root / "documents.jsonl", Document)
-        index = ScannIndex.load(root / "index")
+        try:
+            index = ScannIndex.load(root / "index")
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise BundleError(f"{root}: the index cannot be used ({error}): build the bundle anew") from error
         if len(index) != len(documents):
             raise BundleError(
                 f"{root}: the index holds {len(index)} documents, documents.jsonl {len(documents)}; build it anew"
@@ -181,23 +203,37 @@ class Bundle:
         """Retrieve `depth` candidates per query and order them by the ranker's relevance, ties by document row.
 
         Raises:
-          ValueError: a query that is empty or too long.
+          InputError: a query that is empty or too long, or filters on an attribute that no document has.
         """
-        found, _ = self.index.search(self.embedder.queries(queries), min(depth, len(self.documents)))
-        candidates = [row[row >= 0] for row in found]
+        candidates = self._candidates(queries, depth)
         results = []
         for rows, logits in zip(candidates, self.scorer(queries, candidates, progress), strict=True):
             scores = relevance_log_odds(logits)
-            actions = 1 / (1 + np.exp(-action_log_odds(logits)))
+            relevance, actions = expit(scores), expit(action_log_odds(logits))
             results.append(
                 [
                     Result(
                         int(rows[i]),
                         float(scores[i]),
-                        float(1 / (1 + np.exp(-scores[i]))),
+                        float(relevance[i]),
                         dict(zip(self.actions, map(float, actions[i]), strict=True)),
                     )
                     for i in np.lexsort((rows, -scores))
                 ]
             )
         return results
+
+    def _candidates(self, queries: Sequence[Query], depth: int) -> list[np.ndarray]:
+        """Rows of at most `depth` documents per query, best first, those alone that its filters allow."""
+        filtered = any(query.filters for query in queries)
+        # Filters come after the search here, so that it has to look at everything.
+        width = len(self.documents) if filtered else min(depth, len(self.documents))
+        found, _ = self.index.search(self.embedder.queries(queries), width)
+        if not filtered:
+            return [row[row >= 0] for row in found]
+        try:
+            allowed = filter_mask(queries, self.documents)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        kept = [row[row >= 0] for row in found]
+        return [row[may[row]][:depth] for row, may in zip(kept, allowed, strict=True)]

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxsearch.config import ConfigError
 from jaxsearch.data import tokenizer as tokenizers
 from jaxsearch.data.datasets import Dataset, load_dataset
-from jaxsearch.data.prompts import PromptConfig, PromptRoom
+from jaxsearch.data.prompts import FEATURES, PromptConfig, PromptRoom
 from jaxsearch.data.records import Query
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.metrics import mrr, ndcg, poor_match_rate_at_k
@@ -76,8 +77,14 @@ def load_start(config: ModelConfig, data: Dataset) -> Start:
     Raises:
       ConfigError: the checkpoint is nowhere, or the layers are more than it has.
     """
-    changes = {"compute_dtype": config.compute_dtype} | ({"remat": config.remat} if config.remat else {})
+    changes: dict[str, Any] = {"compute_dtype": config.compute_dtype} | (
+        {"remat": config.remat} if config.remat else {}
+    )
     if not config.init_from:
+        if config.layers:
+            raise ConfigError(
+                f"model.layers is {config.layers}, but there is no model.init_from to take them from"
+            )
         found = (
             Tokenizer.load(config.tokenizer) if config.tokenizer else train_tokenizer(data, config.vocab_size)
         )
@@ -136,23 +143,30 @@ def train_tokenizer(data: Dataset, vocab_size: int) -> Tokenizer:
         " ".join(document.fields.values()) for row, document in enumerate(data.documents) if row not in hidden
     ]
     texts += [" ".join([query.text, *query.searcher.values()]) for query in data.queries["train"]]
+    # The words of pair features stand in every prompt, so that each should be one token.
+    texts += [" ".join(["", feature.short, feature.full, "True False"]) for feature in FEATURES.values()] * 200
     return tokenizers.train(texts, vocab_size)
 
 
-def check_prompt(prompt: PromptConfig, tokenizer: Tokenizer) -> PromptRoom:
-    """The prompt's room; a chat format that the tokenizer lacks is a `ConfigError`."""
+def check_prompt(name: str, prompt: PromptConfig, kind: str, tokenizer: Tokenizer) -> PromptRoom:
+    """The room of `task.<name>`; another kind, or a chat format that the tokenizer lacks, is a `ConfigError`."""
+    if prompt.kind != kind:
+        raise ConfigError(f"task.{name}.kind is {prompt.kind!r}: this task needs {kind!r}")
     try:
         return PromptRoom(tokenizer, prompt)
     except ValueError as error:
-        raise ConfigError(f"task.prompt: {error}") from error
+        raise ConfigError(f"task.{name}: {error}") from error
 
 
 def open_data(config: DataConfig) -> Dataset:
     """The configured data set with `max_queries` applied."""
     data = load_dataset(config.name, config.dir or None)
-    if config.max_queries:
-        data = dataclasses.replace(data, pairs=data.pairs[: config.max_queries])
-    return data
+    if not config.max_queries:
+        return data
+    first = dataclasses.replace(data, pairs=data.pairs[: config.max_queries])
+    # Scores are stored by row, so that a store of all queries serves the first ones too.
+    vars(first)["fingerprint"] = data.fingerprint
+    return first
 
 
 def evaluation_lists(data: Dataset, split: str, queries: int) -> tuple[list[Query], list[np.ndarray]]:

@@ -1,6 +1,6 @@
 """What judge, teachers and ranker share: a batch is a few queries with their candidates, read at the answer position.
 
-Training goes through the same prefill as scoring (`scoring.prefill.answer_hidden`), so that a query's prefix is computed once for all
+Training goes through the same prefill as scoring (`scoring.prefill.score`), so that a query's prefix is computed once for all
 of its candidates in training too. Axes: B queries, L candidates, C labels and actions.
 """
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -21,8 +20,8 @@ from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.data.score_store import StoreMeta, read_scores
 from jaxsearch.models.contract import Contract, Golden, save_model
 from jaxsearch.models.scorer import Scorer
-from jaxsearch.scoring.packing import PackedItems, pack_items
-from jaxsearch.scoring.prefill import answer_hidden, pad_prefixes
+from jaxsearch.scoring.packing import pack_items
+from jaxsearch.scoring.prefill import pad_prefixes, score
 from jaxsearch.scoring.records import JUDGE_LABELS, RANKER_LABELS, RecordScorer
 from jaxsearch.tasks.base import (
     DataConfig,
@@ -70,9 +69,11 @@ class CrossEncoderTask(Task):
     def __init__(
         self, config: CrossEncoderConfig, train: TrainConfig, data: Dataset, actions: Sequence[str] = ()
     ):
+        if config.candidates < 1:
+            raise ConfigError(f"task.candidates is {config.candidates}: use at least 1")
         self.config, self.data, self.actions = config, data, tuple(actions)
         self.start = load_start(config.model, data)
-        self.room = check_prompt(config.prompt, self.start.tokenizer)
+        self.room = check_prompt("prompt", config.prompt, self.kind, self.start.tokenizer)
         names = JUDGE_LABELS if self.kind == "judge" else RANKER_LABELS
         self.labels = {name: self.start.tokenizer.label(name) for name in names}
         self.examples = self.make_examples()
@@ -83,22 +84,19 @@ class CrossEncoderTask(Task):
         self._documents = [part.ids for part in self.room.documents(data.documents)]
         self._prefix_length = max(map(len, self._prefixes))
         self._row_length = self._longest_item()
+        self._scorer: RecordScorer | None = None
 
     @abc.abstractmethod
     def make_examples(self) -> list[Example]:
         """The training examples."""
 
     def _longest_item(self) -> int:
-        """T: the longest document with suffix, and room for a typical pair part with some digits more."""
-        pair = 0
-        if self.config.prompt.features:
-            example = self.examples[0]
-            texts = [
-                self.room.pair_text(self._queries[example.query], self.data.documents[row], 10)
-                for row in example.documents
-            ]
-            pair = max(map(len, self.room.pairs(texts))) + 4
-        return max(map(len, self._documents)) + pair + len(self.room.suffix)
+        """T: room for the longest document, the longest pair part and the suffix."""
+        texts = {""}
+        for example in self.examples if self.config.prompt.features else ():
+            texts.update(self._pair_texts(example, np.arange(len(example.documents))))
+        pairs = self.room.pairs(list(texts))
+        return max(map(len, self._documents)) + max(map(len, pairs)) + len(self.room.suffix)
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
         """A `Scorer` that starts as the config says."""
@@ -144,9 +142,9 @@ class CrossEncoderTask(Task):
         """Which of an example's documents are candidates this time, int [<= slots]."""
         return rng.permutation(len(example.documents))[:slots]
 
-    def _items(self, example: Example, chosen: np.ndarray) -> list[list[int]]:
+    def _pair_texts(self, example: Example, chosen: np.ndarray) -> list[str]:
         query = self._queries[example.query]
-        texts = [
+        return [
             self.room.pair_text(
                 query,
                 self.data.documents[example.documents[i]],
@@ -154,22 +152,27 @@ class CrossEncoderTask(Task):
             )
             for i in chosen
         ]
+
+    def _items(self, example: Example, chosen: np.ndarray) -> list[list[int]]:
+        pairs = self.room.pairs(self._pair_texts(example, chosen))
         return [
             self._documents[example.documents[i]] + pair + self.room.suffix
-            for i, pair in zip(chosen, self.room.pairs(texts), strict=True)
+            for i, pair in zip(chosen, pairs, strict=True)
         ]
 
     def logits(self, model: Scorer, batch: Batch) -> jax.Array:
         """Label logits fp32 [B, L, C]."""
-        items: PackedItems = batch["items"]
-        hidden = answer_hidden(model.decoder, batch["prefix"].tokens, batch["prefix"].where, items)
-        return jnp.einsum("BLD,CD->BLC", hidden.astype(jnp.float32), model.label_matrix())
+        return score(model, batch["prefix"].tokens, batch["prefix"].where, batch["items"])
 
     # --- evaluation and export -----------------------------------------------------------------------------------
 
     def scorer(self, model: Scorer) -> RecordScorer:
-        """The model as it will be served."""
-        return RecordScorer(model, self.start.tokenizer, self.config.prompt, self.data.documents)
+        """The model as it will be served; made once, later ones take over its compiled shapes."""
+        if self._scorer is None:
+            self._scorer = RecordScorer(model, self.start.tokenizer, self.config.prompt, self.data.documents)
+        else:
+            self._scorer.prefill.update(model)
+        return self._scorer
 
     def relevance(self, logits: np.ndarray) -> np.ndarray:
         """What candidates are ordered by in the evaluation, [L] (logits [L, C])."""

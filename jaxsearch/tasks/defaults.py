@@ -1,5 +1,6 @@
 """What the experiments share: prompts of the `:tiny` models and data of each variant."""
 
+from jaxsearch.config import OptimizerConfig
 from jaxsearch.data.prompts import FEATURES, PromptConfig
 from jaxsearch.tasks.base import DataConfig
 
@@ -7,6 +8,8 @@ TINY_TOKENS = 96
 """Longest document of a `:tiny` model."""
 SERVED = tuple(name for name in FEATURES if name != "position")
 """Pair features that are known when serving."""
+TINY_SERVED = ("company_ctr", "age_days", "pays")
+"""Those of them that actions in the generated market depend on."""
 
 
 def tiny_prompt(kind: str, features: tuple[str, ...] = ()) -> PromptConfig:
@@ -17,8 +20,13 @@ def tiny_prompt(kind: str, features: tuple[str, ...] = ()) -> PromptConfig:
         chat="tiny",
         max_document_tokens=TINY_TOKENS,
         features=features,
-        searcher=("headline",),
+        searcher=(),
     )
+
+
+def tiny_optimizer() -> OptimizerConfig:
+    """Muon: the difference between minutes and hours for models from scratch."""
+    return OptimizerConfig(kind="muon", learning_rate=3e-3, warmup_steps=15, b2=0.98, final_fraction=0.05)
 
 
 def tiny_data() -> DataConfig:

@@ -92,7 +92,10 @@ class EngagementTeacherTask(CrossEncoderTask):
 
 
 def engagement_auroc(task: CrossEncoderTask, model: Any, queries: list[Query]) -> dict[str, float]:
-    """AUROC of each action over all impressions of these queries, scored at the serving position."""
+    """AUROC of each action over all impressions of these queries, scored at the serving position; none without impressions."""
+    queries = [query for query in queries if task.data.impressions.get(query.id)]
+    if not queries:
+        return {}
     pages = [list(task.data.impressions[query.id]) for query in queries]
     rows = [
         np.array([task.data.document_row[shown.document_id] for shown in page], np.int32) for page in pages

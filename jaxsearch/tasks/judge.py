@@ -23,7 +23,7 @@ class JudgeConfig(CrossEncoderConfig):
 
     prompt: PromptConfig = field(default_factory=lambda: PromptConfig("judge"))
     """Prompt template of kind "judge"."""
-    precedents: float = 0.5
+    precedents: float = 0.7
     """Share of the training queries whose grades the judge may learn from; the rest it will label unseen."""
 
     def build(self, config: TrainConfig) -> "JudgeTask":

@@ -37,7 +37,7 @@ class LanguageModelConfig(TaskConfig):
     """Size and start."""
     prompt: PromptConfig = field(default_factory=lambda: PromptConfig("ranker"))
     """Prompt template whose prefix and document are put one after the other."""
-    precedents: float = 0.5
+    precedents: float = 0.7
     """Share of the training queries in use, the first ones."""
     threshold: int = 3
     """Lowest grade of a document that follows a query."""
@@ -60,7 +60,7 @@ class LanguageModelTask(Task):
     def __init__(self, config: LanguageModelConfig, data: Dataset):
         self.config, self.data = config, data
         self.start = load_start(config.model, data)
-        self._room = check_prompt(config.prompt, self.start.tokenizer)
+        self._room = check_prompt("prompt", config.prompt, "ranker", self.start.tokenizer)
         self._documents = [[*part.ids, self._room.end_id] for part in self._room.documents(data.documents)]
         self._prefixes = self._room.prefixes(data.queries["train"])
         count = max(round(config.precedents * len(data.pairs)), 1)

@@ -86,5 +86,6 @@ def relevance_losses(
         # Gains as in the metric, so that the top of the list counts most.
         gains = jnp.exp2(4 * jnp.where(where, target, 0)) - 1
         lists = softmax_listwise(log_odds, gains, where=where, reduction="sum")
-        terms["listwise"] = (listwise_weight * lists, jnp.sum(where.any(axis=-1)))
+        # Lists without a gain say nothing about the order; `softmax_listwise` leaves them out, and so does the mean.
+        terms["listwise"] = (listwise_weight * lists, jnp.sum((where & (gains > 0)).any(axis=-1)))
     return Losses(terms)

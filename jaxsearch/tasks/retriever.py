@@ -65,6 +65,12 @@ class RetrieverConfig(TaskConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.info_nce_weight <= 1:
             raise ConfigError(f"task.info_nce_weight is {self.info_nce_weight}: give a number from 0 to 1")
+        for name, least in (("positives", 1), ("negatives", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"task.{name} is {getattr(self, name)}: use at least {least}")
+        for name in ("temperature", "margin"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"task.{name} is {getattr(self, name)}: give a positive number")
 
     def build(self, config: TrainConfig) -> "RetrieverTask":
         """The task on its data."""
@@ -79,11 +85,11 @@ class RetrieverTask(Task):
     def __init__(self, config: RetrieverConfig, data: Dataset):
         self.config, self.data = config, data
         self.start = load_start(config.model, data)
-        room = check_prompt(config.query_prompt, self.start.tokenizer)
+        room = check_prompt("query_prompt", config.query_prompt, "query", self.start.tokenizer)
         self._queries = data.queries["train"]
         self._query_tokens = room.prefixes(self._queries)
-        parts = check_prompt(config.document_prompt, self.start.tokenizer).documents(data.documents)
-        self._document_tokens = [part.ids for part in parts]
+        other = check_prompt("document_prompt", config.document_prompt, "document", self.start.tokenizer)
+        self._document_tokens = [part.ids for part in other.documents(data.documents)]
         self._query_length = max(map(len, self._query_tokens))
         self._document_length = max(map(len, self._document_tokens))
         self.examples = self._examples()
@@ -175,7 +181,7 @@ class RetrieverTask(Task):
             query_emb, doc_emb, positives, temperature=config.temperature, where=where, reduction="sum"
         )
 
-        scores = jnp.einsum("BD,BnD->Bn", query_emb, doc_emb.reshape(b, n, -1))
+        scores = jnp.einsum("BD,BnD->Bn", query_emb, doc_emb.reshape(b, n, -1), precision="highest")
         apart = labels[:, :, None] - labels[:, None, :]
         pairs = exists[:, :, None] & exists[:, None, :] & (apart > 0.5)
         # The margin grows with the grades apart: scaled here, since the loss takes one number.

@@ -68,7 +68,7 @@ class Trainer:
         shardings = parameter_shardings(params, self.mesh)
         placed = jax.device_put(nnx.to_pure_dict(params), shardings)
         opt_shardings = optimizer_shardings(
-            self._optimizer, jax.eval_shape(self._optimizer.init, placed), shardings, self.mesh
+            jax.eval_shape(self._optimizer.init, placed), shardings, self.mesh
         )
         whole = replicated(self.mesh)
         return TrainState(

@@ -1,17 +1,24 @@
-"""AdamW with warm-up, cosine decay and clipping."""
+"""AdamW, or Muon for the layers' matrices, with warm-up, cosine decay and clipping."""
 
 from typing import Any
 
 import optax
+import optax.contrib
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
 
 from jaxsearch.config import TrainConfig
 
 
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Return the schedule: linear warm-up to the peak, then a cosine down to a share of it."""
+def learning_rate(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
+    """Return the schedule: linear warm-up to the peak, then a cosine down to a share of it.
+
+    Args:
+        config: the training configuration.
+        peak: another peak than `optimizer.learning_rate`.
+    """
     optimizer = config.optimizer
-    peak = optimizer.learning_rate
+    peak = optimizer.learning_rate if peak is None else peak
     return optax.warmup_cosine_decay_schedule(
         # The first step already learns.
         init_value=peak / max(1, optimizer.warmup_steps),
@@ -42,6 +49,26 @@ def decay_mask(params: nnx.State, decay_embeddings: bool) -> Any:
     )
 
 
+def muon_dimensions(params: nnx.State) -> Any:
+    """Return nested dicts: which axes of a layer's matrix are its inputs and outputs; None where AdamW is used.
+
+    A matrix maps from or to the model width ("embed"), whatever its other axes; the stacked layers are a batch of matrices.
+    """
+
+    def dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
+        axes = variable.get_metadata().get("axes", ())
+        matrix = [i for i, axis in enumerate(axes) if axis != "layer"]
+        if "layer" not in axes or "embed" not in axes or len(matrix) < 2:
+            return None
+        width = (axes.index("embed"),)
+        others = tuple(i for i in matrix if i not in width)
+        return MuonDimensionNumbers(others, width) if axes[-1] == "embed" else MuonDimensionNumbers(width, others)
+
+    return nnx.traversals.unflatten_mapping(
+        {path: dimensions(variable) for path, variable in nnx.to_flat_state(params)}
+    )
+
+
 def make_optimizer(config: TrainConfig, params: nnx.State) -> optax.GradientTransformation:
     """Return the optimiser.
 
@@ -50,13 +77,27 @@ def make_optimizer(config: TrainConfig, params: nnx.State) -> optax.GradientTran
         params: the trainable parameters with their metadata.
     """
     optimizer = config.optimizer
-    adamw = optax.adamw(
-        learning_rate(config),
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        mask=decay_mask(params, optimizer.decay_embeddings),
-    )
+    mask = decay_mask(params, optimizer.decay_embeddings)
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    if optimizer.kind == "muon":
+        update = optax.contrib.muon(
+            learning_rate(config, optimizer.muon_learning_rate),
+            adam_learning_rate=learning_rate(config),
+            adam_b1=optimizer.b1,
+            adam_b2=optimizer.b2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            weight_decay_mask=mask,
+            adam_weight_decay=optimizer.weight_decay,
+            muon_weight_dimension_numbers=muon_dimensions(params),
+        )
+    else:
+        update = optax.adamw(
+            learning_rate(config),
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            mask=mask,
+        )
+    return optax.chain(clip, update)

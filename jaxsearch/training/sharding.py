@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -19,6 +18,7 @@ AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, str | None] = {
     "layer": None,  # scanned over
+    "actions": None,  # a handful of rows
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
@@ -116,17 +116,20 @@ def parameter_shardings(params: nnx.State, mesh: Mesh, rules: Mapping[str, str |
     )
 
 
-def optimizer_shardings(
-    optimizer: optax.GradientTransformation, opt_state: Any, params_shardings: Any, mesh: Mesh
-) -> Any:
-    """Return shardings of the optimiser's state: moments like their parameters, the rest replicated."""
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        opt_state,
-        params_shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+def optimizer_shardings(opt_state: Any, params_shardings: Any, mesh: Mesh) -> Any:
+    """Return shardings of the optimiser's state: moments like their parameters, the rest replicated.
+
+    A moment is known by its place: its path in the state ends with the path of its parameter. (optax's own map over parameters does
+    not reach into `optax.contrib.muon`, which keeps a part of the parameters in each of two states.)
+    """
+    known = {tuple(path): sharding for path, sharding in jax.tree.leaves_with_path(params_shardings)}
+    lengths = sorted({len(path) for path in known}, reverse=True)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        found = (known.get(tuple(path[-n:])) for n in lengths)
+        return next((s for s in found if s is not None and leaf.ndim), replicated(mesh))
+
+    return jax.tree.map_with_path(place, opt_state)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

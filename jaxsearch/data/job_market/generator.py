@@ -37,17 +37,20 @@ class Market:
     searches: int
     cities: int
     companies: int
+    skills: int
+    """Technologies in use per occupation; a posting names `named` of them."""
+    named: int
     description: tuple[int, int]
-    """Fewest and most words (punctuation counts as words) of a description."""
+    """Fewest and most words (punctuation counts as words) of a description; (0, 0) for none."""
     judged: int = 16
     """Graded postings per training search."""
     seed: int = 0
 
 
 VARIANTS = {
-    "tiny": Market(72, 8, 1_200, 5_600, 8, 40, (0, 0)),
-    "default": Market(300, 16, 4_000, 8_000, 24, 200, (90, 700)),
-    "long": Market(120, 12, 1_500, 4_000, 16, 100, (900, 1_200)),
+    "tiny": Market(32, 5, 1_200, 5_600, 8, 40, skills=4, named=2, description=(0, 0)),
+    "default": Market(300, 16, 4_000, 8_000, 24, 200, skills=8, named=4, description=(90, 700)),
+    "long": Market(120, 12, 1_500, 4_000, 16, 100, skills=8, named=4, description=(900, 1_200)),
 }
 
 
@@ -68,6 +71,11 @@ def _weighted(rng: random.Random, weights: Sequence[float]) -> int:
         if threshold < 0:
             return index
     return len(weights) - 1
+
+
+def _length(name: str) -> tuple[bool, int]:
+    """Names of more than two words last."""
+    return len(name.split()) > 2, len(name.split())
 
 
 def _sigmoid(x: float) -> float:
@@ -142,6 +150,14 @@ class JobMarket:
         )
 
     @cached_property
+    def technologies(self) -> tuple[tuple[str, ...], ...]:
+        """Technologies in use for each occupation, short names first."""
+        return tuple(
+            tuple(sorted(occupation.technologies, key=_length)[: self.market.skills])
+            for occupation in self.occupations
+        )
+
+    @cached_property
     def tiers(self) -> np.ndarray:
         """int [O, O]: `tiers[asked, offered]` is the policy's title grade."""
         index = {occupation.code: i for i, occupation in enumerate(self.occupations)}
@@ -169,7 +185,7 @@ class JobMarket:
             city=int(rng.random() * len(self.cities)),
             workplace=_weighted(rng, (1, 1, 1)),
             company=int(rng.random() * len(self.companies)),
-            skills=tuple(_sample(rng, self.occupations[occupation].technologies[:8], 3)),
+            skills=tuple(_sample(rng, self.technologies[occupation], self.market.named)),
             salary=int(base * (0.75, 1.0, 1.3, 1.6)[level] * (0.85 + 0.3 * rng.random())),
             age_days=int(30 * rng.random() ** 2),
         )
@@ -202,7 +218,6 @@ class JobMarket:
             "company": company,
             "location": f"{city}, {workplace}",
             "skills": ", ".join(posting.skills),
-            "pay": f"{posting.salary}k",
         }
         description = templates.description(
             fewest + int(rng.random() * (most - fewest)),
@@ -210,7 +225,7 @@ class JobMarket:
             {"title": name, "company": company, "city": city, "skills": posting.skills},
         )
         if description:
-            fields["description"] = description
+            fields |= {"pay": f"{posting.salary}k", "description": description}
         return Document(
             id=f"p{index:05d}",
             fields=fields,
@@ -242,12 +257,12 @@ class JobMarket:
             level=_weighted(rng, _ASKED_LEVELS) if rng.random() < 0.4 else None,
             city=home if place == 1 else None,
             workplace=_weighted(rng, (1, 1, 1)) if place == 2 else None,
-            skill=_pick(rng, self.occupations[target].technologies[:8]) if rng.random() < 0.25 else None,
+            skill=_pick(rng, self.technologies[target]) if rng.random() < 0.25 else None,
         )
         base = 40 + 60 * self._rng("pay", target).random()
         wanted = int(base * (0.7 + 0.6 * rng.random()) * (1.3 if need.level in (2, 3) else 1.0))
-        related = np.flatnonzero(self.tiers[target] >= 2)
-        held = target if rng.random() < 0.5 else int(_pick(rng, related))
+        related = np.flatnonzero(self.tiers[target] >= 2).tolist()
+        held = target if rng.random() < 0.5 else _pick(rng, related)
         return _Search(need, wanted, _pick(rng, self.titles[held]), home)
 
     @cached_property
@@ -322,7 +337,7 @@ class JobMarket:
         chosen |= dict.fromkeys(_sample(rng, related, part))
         while len(chosen) < self.market.judged:
             elsewhere = np.flatnonzero(self.tiers[int(rng.random() * len(self.occupations)), offered] > 2)
-            other = int(_pick(rng, elsewhere))
+            other = _pick(rng, elsewhere.tolist())
             if title[other] == 0:
                 chosen[other] = None
         return list(chosen)

@@ -57,7 +57,8 @@ def load_tables(variant: str, data_dir: str | Path | None = None) -> Tables:
     }
     pages = {row["query_id"].decode(): _page(row) for split in SPLITS for row in read["impressions"][split]}
     every_query = [query for split in SPLITS for query in queries[split]]
-    for record in (*documents, *every_query):
+    records: tuple[Document | Query, ...] = (*documents, *every_query)
+    for record in records:
         record.validate()
     unique_ids(documents)
     unique_ids(every_query)

@@ -220,13 +220,17 @@ def config_to_hf(
     """The `config.json` that describes this decoder to transformers 4 and 5.
 
     Raises:
-        InputError: the family does not have (or always has) norms of queries and keys.
+        InputError: the family cannot express this decoder.
     """
     name = ("qwen3" if config.qk_norm else "llama") if family == "auto" else family
     if name not in FAMILIES:
         raise InputError(f"family is {family!r}: use auto, {', '.join(FAMILIES)}")
     if (name == "qwen3") != config.qk_norm:
         raise InputError(f"family is {family!r}, but the decoder's qk_norm is {config.qk_norm}: use 'auto'")
+    if name == "llama" and config.width % config.heads:
+        raise InputError(
+            f"heads is {config.heads}: transformers' Llama needs a divisor of width ({config.width})"
+        )
     own = {"use_sliding_window": False, "sliding_window": None} if name == "qwen3" else {"mlp_bias": False}
     return {
         "architectures": [FAMILIES[name]],

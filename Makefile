@@ -1,0 +1,42 @@
+# `make help` lists what there is. Everything runs in the virtual environment .venv, which is made once and made anew
+# when pyproject.toml, setup.py or constraints.txt change. To choose its Python: `make PYTHON=python3.12 venv`.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DATA = $(if $(ONET_DIR),--dataset onet_jobs --workdir runs/demo_onet,--workdir runs/demo)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test check demo clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
+
+$(VENV)/.runtime: pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv found: make PYTHON=/path/to/python venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.dev ## install the tested set of packages into .venv
+
+test: $(VENV)/.dev ## run every test; ARGS="-k name" is passed on to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(VENV)/.runtime ## train and show the whole funnel; with ONET_DIR=folder on real occupations
+	$(BIN)/python benchmarks/funnel.py $(DATA) $(ARGS)
+
+clean: ## remove caches and build outputs; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

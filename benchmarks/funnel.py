@@ -1,0 +1,529 @@
+"""The whole funnel from records to ranked results, with a table of quality and speed: what `make demo` runs.
+
+    python benchmarks/funnel.py --workdir runs/demo [--dataset job_market:tiny] [--seed 0] [--jsonl benchmarks/results/funnel.jsonl]
+
+Trains base models, judge, retriever, two teachers and the ranker by the configs of this repository, builds the bundle, ranks the held-out
+searches, and writes `report.json` and `report.png` into the work folder. Stages that a former run finished are not trained again. With
+`--dataset onet_jobs` (set ONET_DIR) the documents are real occupations; there are no impressions there, so that the engagement columns
+are empty.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsearch.config import load_config
+from jaxsearch.data.datasets import Dataset, load_dataset
+from jaxsearch.data.jsonl import write_lines
+from jaxsearch.data.records import Query, to_dict
+from jaxsearch.metrics import auroc, kappa
+from jaxsearch.models.contract import CONTRACT_FILE, Model, load_model
+from jaxsearch.retrieval.bm25 import Bm25, document_text
+from jaxsearch.retrieval.common import pad_candidates
+from jaxsearch.retrieval.exhaustive import ExhaustiveIndex
+from jaxsearch.retrieval.index import IndexParams, ScannIndex, recall
+from jaxsearch.retrieval.traditional import (
+    Features,
+    FeatureSpec,
+    TraditionalModel,
+    train_click_model,
+    train_ranker,
+)
+from jaxsearch.scoring.label import label
+from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
+from jaxsearch.serving.batch import RANKINGS, rank_file
+from jaxsearch.serving.bundle import Bundle, build_bundle, make_embedder, make_scorer
+from jaxsearch.tasks.base import ranking_metrics
+from jaxsearch.training.loop import run
+
+DEPTH = 30
+"""Candidates that BM25 and the retriever contribute each."""
+TEST_QUERIES = 800
+"""Most queries of a test split that are ranked."""
+
+
+@dataclass
+class Demo:
+    """Folder, data and clock of one run."""
+
+    workdir: Path
+    dataset: str
+    data_dir: str
+    seed: int
+    steps: float
+    max_queries: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and say that it runs."""
+        print(f"\n== {name}", flush=True)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+
+    def train(self, name: str, config: str, *overrides: str) -> Model:
+        """Train by a config file, unless a former run did; returns the exported model."""
+        folder = self.workdir / name
+        data = ["--task.data.name", self.dataset, "--task.data.dir", self.data_dir]
+        data += ["--task.data.max-queries", str(self.max_queries), "--seed", str(self.seed)]
+        loaded = load_config(f"configs/{config}", [*data, *overrides])
+        if self.steps != 1:
+            loaded = load_config(
+                f"configs/{config}",
+                [*data, *overrides, "--steps", str(max(round(loaded.steps * self.steps), 60))],
+            )
+        if not (folder / "model" / CONTRACT_FILE).is_file():
+            with self.stage(name):
+                for metric, value in run(loaded, folder).items():
+                    print(f"{metric} {value:.4f}")
+        return load_model(folder / "model")
+
+    def label(self, name: str, model: Model, data: Dataset, per_query: int) -> str:
+        """Score the training pairs into a store; a finished one is kept."""
+        with self.stage(name):
+            report = label(model, data, self.workdir / name, per_query=per_query)
+        return report.store
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    scores: list[np.ndarray]
+    """What candidates are ordered by, one [L] per query."""
+    items_per_s: float
+    clicks: np.ndarray | None = None
+    """Click scores of the impressions, flat; None where the model predicts no clicks."""
+    parameters: int | None = None
+
+
+def timed(function: Callable[[], Any], warm: Callable[[], Any] | None = None) -> tuple[Any, float]:
+    """The result and the seconds of a call, after `warm` (compilation) has run."""
+    if warm is not None:
+        warm()
+    started = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - started
+
+
+def parameters(model: Model) -> int:
+    """Numbers in the decoder and heads."""
+    heads = len(model.contract.actions) * model.contract.architecture.width
+    return model.contract.architecture.parameters + heads
+
+
+class Evaluation:
+    """Ranks one test split with every model over the same candidates."""
+
+    def __init__(self, data: Dataset, split: str, retriever: Model):
+        self.data = data
+        self.queries: list[Query] = list(data.queries[split])[:TEST_QUERIES]
+        self.texts = [query.text for query in self.queries]
+        self.bm25 = Bm25.build([document_text(document) for document in data.documents])
+        embedder = make_embedder(retriever)
+        self.documents_emb = embedder.documents(data.documents)
+        self.queries_emb, self._embed_seconds = timed(
+            lambda: embedder.queries(self.queries), lambda: embedder.queries(self.queries)
+        )
+        if data.rerank:
+            self.candidates = [data.rerank[query.id] for query in self.queries]
+        else:
+            self.candidates = self._union()
+        self.count = sum(map(len, self.candidates))
+        self.pages = [list(data.impressions.get(query.id, ())) for query in self.queries]
+        self.page_rows = [
+            np.array([data.document_row[i.document_id] for i in page], np.int32) for page in self.pages
+        ]
+        self.clicks = np.array([bool(i.actions["click"]) for page in self.pages for i in page])
+
+    def _union(self) -> list[np.ndarray]:
+        """BM25's and the retriever's first documents; nothing is injected."""
+        lexical, _ = self.bm25.search(self.texts, DEPTH)
+        semantic, _ = ExhaustiveIndex(self.documents_emb).search(self.queries_emb, DEPTH)
+        return [
+            np.unique(np.r_[a[a >= 0], b]).astype(np.int32) for a, b in zip(lexical, semantic, strict=True)
+        ]
+
+    def lists(self, values: np.ndarray) -> list[np.ndarray]:
+        """Padded scores [Q, L] as one array per query."""
+        return [row[: len(rows)] for row, rows in zip(values, self.candidates, strict=True)]
+
+    def lexical(self) -> Row:
+        """BM25."""
+        padded = pad_candidates(self.candidates)
+        values, seconds = timed(lambda: self.bm25.score(self.texts, padded))
+        return Row(self.lists(values), self.count / seconds)
+
+    def semantic(self, retriever: Model) -> Row:
+        """Cosine; the time includes encoding the query, not the documents, which are encoded offline."""
+        values, seconds = timed(
+            lambda: [
+                self.documents_emb[rows] @ q
+                for rows, q in zip(self.candidates, self.queries_emb, strict=True)
+            ]
+        )
+        return Row(values, self.count / (seconds + self._embed_seconds), parameters=parameters(retriever))
+
+    def features(
+        self, features: Features, rows: list[np.ndarray], queries: list[Query], emb: np.ndarray
+    ) -> Any:
+        """LightGBM's feature matrix of candidate lists."""
+        padded = pad_candidates(rows)
+        similarity = np.einsum("QLD,QD->QL", self.documents_emb[np.maximum(padded, 0)], emb)
+        return features(queries, padded, similarity)
+
+    def traditional(
+        self, features: Features, ranker: TraditionalModel, clicks: TraditionalModel | None
+    ) -> Row:
+        """LightGBM; the time includes the features."""
+        values, seconds = timed(
+            lambda: ranker.score(self.features(features, self.candidates, self.queries, self.queries_emb))
+        )
+        found = None
+        if clicks is not None:
+            matrix = self.features(features, self.page_rows, self.queries, self.queries_emb)
+            found = np.concatenate(
+                [v[: len(r)] for v, r in zip(clicks.score(matrix), self.page_rows, strict=True)]
+            )
+        return Row(self.lists(values), self.count / seconds, found)
+
+    def cross_encoder(self, model: Model) -> Row:
+        """A teacher or the ranker through the prefill function."""
+        scorer: RecordScorer = make_scorer(model, self.data.documents)
+        call = lambda: scorer(self.queries, self.candidates)  # noqa: E731
+        logits, seconds = timed(call, call)
+        clicks = None
+        if "click" in model.contract.actions:
+            place = model.contract.actions.index("click")
+            clicks = action_log_odds(np.concatenate(scorer(self.queries, self.page_rows)))[:, place]
+        return Row([relevance_log_odds(x) for x in logits], self.count / seconds, clicks, parameters(model))
+
+    def engagement(self, model: Model) -> Row:
+        """The engagement teacher orders by its click score."""
+        row = self.cross_encoder(model)
+        scorer = make_scorer(model, self.data.documents)
+        place = model.contract.actions.index("click")
+        row.scores = [action_log_odds(x)[:, place] for x in scorer(self.queries, self.candidates)]
+        return row
+
+    def figures(self, row: Row) -> dict[str, float | int | None]:
+        """The columns of the table."""
+        found = ranking_metrics(self.data, self.queries, self.candidates, row.scores)
+        click = (
+            None
+            if row.clicks is None
+            else auroc(row.clicks, self.clicks, where=np.ones(self.clicks.shape, bool))
+        )
+        return {
+            **{name: round(float(np.nanmean(values)), 4) for name, values in found.items()},
+            "click_auroc": None if click is None else round(click, 4),
+            "items_per_s": round(row.items_per_s, 1),
+            "parameters": row.parameters,
+        }
+
+    def ceiling(self) -> float:
+        """NDCG@10 of the best order of the candidates."""
+        best = [self.data.grades(q, rows) for q, rows in zip(self.queries, self.candidates, strict=True)]
+        found = ranking_metrics(self.data, self.queries, self.candidates, [g.astype(float) for g in best])
+        return float(np.nanmean(found["ndcg@10"]))
+
+
+def train_traditional(
+    data: Dataset, retriever: Model, evaluation: Evaluation, limit: int, seed: int
+) -> tuple[Features, TraditionalModel, TraditionalModel | None]:
+    """LightGBM on the training pairs' true grades and, where there are impressions, on clicks."""
+    embedder = make_embedder(retriever)
+    train = [p for p in data.pairs[:limit]]
+    held = max(len(train) // 10, 1)
+    queries = [data.queries["train"][p.query] for p in train]
+    spec = FeatureSpec.from_records(queries, data.documents, similarity=True)
+    features = Features(data.documents, spec, bm25=evaluation.bm25)
+    emb = embedder.queries(queries)
+
+    def ranked(part: slice) -> tuple[Any, np.ndarray]:
+        rows = [p.documents[p.grades >= 0] for p in train[part]]
+        grades = [p.grades[p.grades >= 0] for p in train[part]]
+        padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        for i, values in enumerate(grades):
+            padded[i, : len(values)] = values
+        return evaluation.features(features, rows, queries[part], emb[part]), padded
+
+    ranker = train_ranker(spec, ranked(slice(held, None)), ranked(slice(0, held)))
+    if not data.impressions:
+        return features, ranker, None
+
+    def clicked(part: slice) -> tuple[Any, np.ndarray]:
+        pages = [data.impressions[query.id] for query in queries[part]]
+        rows = [np.array([data.document_row[i.document_id] for i in page], np.int32) for page in pages]
+        values = np.array([[float(bool(i.actions["click"])) for i in page] for page in pages])
+        return evaluation.features(features, rows, queries[part], emb[part]), values
+
+    return features, ranker, train_click_model(spec, clicked(slice(held, None)), clicked(slice(0, held)))
+
+
+def examples(
+    data: Dataset, bundle: Bundle, queries: list[Query], folder: Path, count: int = 3
+) -> list[dict[str, Any]]:
+    """Batch-rank the test queries, as `serve.py batch` would, and show the first few."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "queries.jsonl", map(to_dict, queries))
+    rank_file(bundle, folder / "queries.jsonl", folder, depth=2 * DEPTH, top=10)
+    by_id = {query.id: query for query in queries}
+    shown = []
+    with open(folder / RANKINGS, encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(count), strict=False):
+            row = json.loads(line)
+            query = by_id[row["query_id"]]
+            results = []
+            for result in row["results"][:5]:
+                number = data.document_row[result["document_id"]]
+                fields = data.documents[number].fields
+                results.append(
+                    {
+                        "document": "; ".join(
+                            text for name, text in fields.items() if name != "description" and name != "tasks"
+                        )[:110],
+                        "relevance": round(result["relevance"], 3),
+                        "grade": int(data.grades(query, np.array([number]))[0]),
+                        **{
+                            name: round(p, 3)
+                            for name, p in result["actions"].items()
+                            if name in ("click", "apply")
+                        },
+                    }
+                )
+            shown.append({"query": query.text, "results": results})
+    return shown
+
+
+def kept(models: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How much of its teachers the ranker kept."""
+    bm25, teacher, ranker = (models[name]["ndcg@10"] for name in ("bm25", "relevance_teacher", "ranker"))
+    result = {
+        "ndcg_ratio": ranker / teacher,
+        "gain_over_bm25": (ranker - bm25) / (teacher - bm25),
+        "parameters": models["ranker"]["parameters"] / models["relevance_teacher"]["parameters"],
+    }
+    if "engagement_teacher" in models:
+        above = [models[name]["click_auroc"] - 0.5 for name in ("ranker", "engagement_teacher")]
+        result["click_auroc_above_half"] = above[0] / above[1]
+    return {name: round(value, 4) for name, value in result.items()}
+
+
+def print_table(title: str, models: dict[str, dict[str, Any]], engagement: bool) -> None:
+    """One line per model."""
+    print(
+        f"\n{title}\n{'model':20} {'NDCG@10':>8} {'poor@10':>8} {'MRR g4':>8} {'click AUROC':>12} {'items/s':>10} {'parameters':>11}"
+    )
+    for name, row in models.items():
+        click = "-" if engagement else "no clicks here"
+        if row["click_auroc"] is not None:
+            click = f"{row['click_auroc']:.4f}"
+        size = f"{row['parameters']:,}" if row["parameters"] else "-"
+        print(
+            f"{name:20} {row['ndcg@10']:8.4f} {row['poor_match@10']:8.4f} {row['mrr']:8.4f} {click:>12} {row['items_per_s']:10,.0f} {size:>11}"
+        )
+    print(
+        "NDCG@10 with gain 2^grade - 1, ideal over all graded documents; poor@10: share of the first 10 graded 0 or 1."
+    )
+
+
+def draw(path: Path, splits: dict[str, dict[str, dict[str, Any]]], seconds: dict[str, float]) -> None:
+    """Quality against speed, and where the time went."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(splits) + 1, figsize=(6 * (len(splits) + 1), 4.5))
+    for axis, (split, models) in zip(axes, splits.items(), strict=False):
+        for name, row in models.items():
+            axis.scatter(row["items_per_s"], row["ndcg@10"])
+            axis.annotate(
+                name, (row["items_per_s"], row["ndcg@10"]), xytext=(4, 4), textcoords="offset points"
+            )
+        axis.set(xscale="log", xlabel="items/s", ylabel="NDCG@10 (gain 2^g - 1)", title=split)
+    axes[-1].barh(list(seconds), list(seconds.values()))
+    axes[-1].invert_yaxis()
+    axes[-1].set(xlabel="seconds", title="where the time went")
+    figure.tight_layout()
+    temporary = path.with_name("report.tmp.png")
+    figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+    os.replace(temporary, path)
+
+
+def scann_recall(evaluation: Evaluation) -> dict[str, float]:
+    """Recall@100 of ScaNN's tree index and of the one the bundle would use, against the exhaustive search."""
+    k = min(100, len(evaluation.documents_emb))
+    truth, _ = ExhaustiveIndex(evaluation.documents_emb).search(evaluation.queries_emb, k)
+    found = {}
+    for kind in ("auto", "tree_ah"):
+        params = IndexParams.for_corpus(len(evaluation.documents_emb), kind=kind)
+        ids, _ = ScannIndex.build(evaluation.documents_emb, params).search(evaluation.queries_emb, k)
+        found[kind] = round(recall(ids, truth), 4)
+    return found
+
+
+def judge_kappa(data: Dataset, judge: Model, share: float, limit: int) -> float:
+    """Linear-weighted kappa on training pairs that are no precedents of the judge."""
+    pairs = data.pairs[round(share * len(data.pairs)) :][:limit]
+    logits = make_scorer(judge, data.documents)(
+        [data.queries["train"][p.query] for p in pairs], [p.documents for p in pairs]
+    )
+    grades = np.concatenate([p.grades for p in pairs])
+    return kappa(np.maximum(grades, 0), np.concatenate(logits).argmax(-1), where=grades >= 0)
+
+
+def main() -> int:
+    """Run the funnel."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workdir", default="runs/demo", help="folder of the run; a former one is gone on with"
+    )
+    parser.add_argument("--dataset", default="job_market:tiny")
+    parser.add_argument("--data-dir", default="", help="folder of prepared data (default: WORKDIR/data)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--steps", type=float, default=1.0, help="multiplies every stage's steps, for a quick look"
+    )
+    parser.add_argument(
+        "--max-queries", type=int, default=0, help="training queries in use; 0 for the data set's default"
+    )
+    parser.add_argument("--jsonl", default="", help="append the report as one line to this file")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    workdir = Path(options.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    real = options.dataset == "onet_jobs"
+    demo = Demo(
+        workdir,
+        options.dataset,
+        options.data_dir or str(workdir / "data"),
+        options.seed,
+        options.steps,
+        options.max_queries or (4_500 if real else 0),
+    )
+    with demo.stage("data"):
+        data = load_dataset(demo.dataset, demo.data_dir)
+        print(
+            f"{data.name}: {len(data.documents)} documents, { ({s: len(q) for s, q in data.queries.items()}) } queries"
+        )
+    if demo.max_queries:
+        import dataclasses
+
+        data = dataclasses.replace(data, pairs=data.pairs[: demo.max_queries])
+
+    base = demo.train("base", "base.py:tiny")
+    tokenizer = ["--task.model.tokenizer", str(workdir / "base" / "model")]
+    demo.train("base_student", "base.py:tiny_student", *tokenizer)
+    judge = demo.train("judge", "judge.py:tiny", "--task.model.init-from", str(workdir / "base/model"))
+    labels = demo.label("judge_labels", judge, data, per_query=16)
+    retriever = demo.train(
+        "retriever",
+        "retriever.py:tiny",
+        "--task.model.init-from",
+        str(workdir / "base_student/model"),
+        "--task.labels",
+        labels,
+    )
+    from_judge = ["--task.model.init-from", str(workdir / "judge/model")]
+    relevance = demo.train(
+        "relevance_teacher", "relevance_teacher.py:tiny", *from_judge, "--task.labels", labels
+    )
+    scores = ["--task.relevance-scores", demo.label("relevance_scores", relevance, data, per_query=16)]
+    engagement = None
+    if data.impressions:
+        engagement = demo.train("engagement_teacher", "engagement_teacher.py:tiny", *from_judge)
+        scores += [
+            "--task.engagement-scores",
+            demo.label("engagement_scores", engagement, data, per_query=16),
+        ]
+    ranker = demo.train(
+        "ranker", "ranker.py:tiny", "--task.model.init-from", str(workdir / "retriever/model"), *scores
+    )
+    del base
+
+    with demo.stage("bundle"):
+        build_bundle(workdir / "bundle", ranker, retriever, data.documents)
+        bundle = Bundle.open(workdir / "bundle")
+    splits: dict[str, dict[str, dict[str, Any]]] = {}
+    about: dict[str, Any] = {}
+    with demo.stage("evaluation"):
+        for split in data.test_splits:
+            evaluation = Evaluation(data, split, retriever)
+            features, lambdamart, clicks = train_traditional(data, retriever, evaluation, 4_500, options.seed)
+            rows = {
+                "bm25": evaluation.lexical(),
+                "lightgbm": evaluation.traditional(features, lambdamart, clicks),
+                "retriever": evaluation.semantic(retriever),
+                "relevance_teacher": evaluation.cross_encoder(relevance),
+            }
+            if engagement is not None:
+                rows["engagement_teacher"] = evaluation.engagement(engagement)
+            rows["ranker"] = evaluation.cross_encoder(ranker)
+            splits[split] = {name: evaluation.figures(row) for name, row in rows.items()}
+            about[split] = {
+                "queries": len(evaluation.queries),
+                "candidates_per_query": round(evaluation.count / len(evaluation.queries), 1),
+                "ceiling_ndcg@10": round(evaluation.ceiling(), 4),
+                "recall@100": scann_recall(evaluation),
+                "kept": kept(splits[split]),
+            }
+        agreement = judge_kappa(data, judge, 0.7, 300)
+    with demo.stage("batch ranking"):
+        shown = examples(
+            data, bundle, list(data.queries[data.test_splits[0]])[:TEST_QUERIES], workdir / "batch"
+        )
+
+    for split, models in splits.items():
+        print_table(
+            f"{data.name}, {split}: {about[split]['queries']} queries", models, bool(data.impressions)
+        )
+        print(
+            f"ceiling of the candidate lists {about[split]['ceiling_ndcg@10']}; kept by the ranker: {about[split]['kept']}"
+        )
+    print(f"judge: linear-weighted kappa {agreement:.3f} on pairs it was not trained on")
+    for example in shown:
+        print(f"\n{example['query']}")
+        for rank, result in enumerate(example["results"], start=1):
+            print(f"  {rank}. {result.pop('document')}  {result}")
+    total = time.perf_counter() - started
+    report = {
+        "command": "python " + " ".join(sys.argv),
+        "dataset": data.name,
+        "seed": options.seed,
+        "seconds": {**demo.seconds, "total": round(total, 1)},
+        "models": splits[data.test_splits[0]],
+        "splits": {split: {"models": models, **about[split]} for split, models in splits.items()},
+        "judge_kappa": round(agreement, 4),
+        "machine": {"cores": os.cpu_count(), "cpu": platform.machine(), "jax": jax.__version__},
+    }
+    temporary = workdir / "report.tmp"
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, workdir / "report.json")
+    draw(workdir / "report.png", splits, demo.seconds)
+    if options.jsonl:
+        Path(options.jsonl).parent.mkdir(parents=True, exist_ok=True)
+        with open(options.jsonl, "a", encoding="utf-8") as file:
+            file.write(json.dumps(report) + "\n")
+    print(f"\n{total / 60:.1f} minutes; report: {workdir / 'report.json'}, figure: {workdir / 'report.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
