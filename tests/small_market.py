@@ -1,13 +1,16 @@
 """A data set of eight documents and twenty queries, decoders to match, and the whole funnel trained on them for a few steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxsearch.tasks.base
 from jaxsearch.config import load_config
@@ -32,6 +35,7 @@ STUDENT = DecoderConfig(
     rope_theta=1e4, rms_eps=1e-6, qk_norm=True, tied=True,
 )  # fmt: skip
 STEPS = 3
+M = TypeVar("M", bound=nnx.Module)
 
 
 def documents() -> list[Document]:
@@ -174,3 +178,15 @@ def build_small_bundle(funnel: Funnel, folder: Path) -> Path:
     with fast_compilation():
         build_bundle(folder, load_model(funnel.model("ranker")), load_model(funnel.model("retriever")), documents())
     return folder
+
+
+def filled(make: Callable[[nnx.Rngs], M], seed: int) -> M:
+    """A module with random parameters that cost no compilation."""
+    module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    for path, parameter in flat:
+        values = 0.4 * rng.normal(size=parameter.shape).astype(np.float32)
+        parameter.set_value(jnp.asarray(1 + values if "norm" in str(path[-1]) else values))
+    nnx.update(module, nnx.from_flat_state(flat))
+    return module

@@ -94,7 +94,7 @@ def test_a_judge_prompt_holds_the_policy_word_for_word() -> None:
 def test_short_prompts_close_query_and_document_with_the_end_token() -> None:
     short = {"style": "short", "chat": "tiny"}
     assert whole("ranker", **short, features=("company_ctr", "near"), searcher=("headline",)) == (
-        "«<|user|>»nurse in Austin; Head Nurse«<|end|>»Senior Nurse; 50k rate 0.26 near True«<|end|>»«<|assistant|>»"
+        "«<|user|>»nurse in Austin; Head Nurse«<|end|>»Senior Nurse; 50k rate0.26 near True«<|end|>»«<|assistant|>»"
     )
     assert whole("judge", **short, searcher=()) == (
         "«<|user|>»nurse in Austin«<|end|>»Senior Nurse; 50k«<|end|>»«<|assistant|>»"
@@ -183,22 +183,22 @@ def test_empty_queries_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("query", "document", "expected"),
     [
-        (QUERY, POSTING, " position 4 rate 0.26 age 3 pays True near True"),
-        (QUERY, dataclasses.replace(POSTING, numeric={"salary": 59.9}), " position 4 pays False near True"),
-        (QUERY, dataclasses.replace(POSTING, attributes={"city": "Boston"}, numeric={}), " position 4 near False"),
-        (Query("q", "x", searcher={"wanted_salary": "much"}), POSTING, " position 4 rate 0.26 age 3"),
-        (Query("q", "x"), Document("d", {"t": "x"}), " position 4"),
+        (QUERY, POSTING, " position4 rate0.26 age3 pays True near True"),
+        (QUERY, dataclasses.replace(POSTING, numeric={"salary": 59.9}), " position4 pays False near True"),
+        (QUERY, dataclasses.replace(POSTING, attributes={"city": "Boston"}, numeric={}), " position4 near False"),
+        (Query("q", "x", searcher={"wanted_salary": "much"}), POSTING, " position4 rate0.26 age3"),
+        (Query("q", "x"), Document("d", {"t": "x"}), " position4"),
     ],
 )
 def test_features_that_are_unknown_are_left_out(query: Query, document: Document, expected: str) -> None:
     prompts = room("ranker", style="short", chat="tiny", features=tuple(FEATURES))
     assert prompts.pair_text(query, document, 4) == expected
-    assert prompts.pair_text(query, document) == expected.replace("position 4", "position 1")
+    assert prompts.pair_text(query, document) == expected.replace("position4", "position1")
 
 
 def test_pairs_are_kept_and_equal_to_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = room("ranker")
-    texts = [" age 3", "", " age 4", " age 3"]
+    texts = [" age3", "", " age4", " age3"]
     first = prompts.pairs(texts)
     assert first == LETTERS.encode(texts)
     monkeypatch.setattr(LETTERS, "encode", lambda texts: pytest.fail("encoded again"))

@@ -7,18 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_market import STUDENT, fast_compilation
+from small_market import STUDENT, fast_compilation, filled
 
 from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Causal
+from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.models.scorer import BiEncoder, Scorer
 
 UNTIED = dataclasses.replace(STUDENT, tied=False)
 
 
+def scorer_of(config: DecoderConfig, label_ids: list[int], actions: int) -> Scorer:
+    return filled(lambda rngs: Scorer(config, label_ids=label_ids, actions=actions, rngs=rngs), 0)
+
+
 @pytest.mark.parametrize("config", [STUDENT, UNTIED])
-def test_the_label_matrix_is_rows_of_the_output_then_the_heads(config) -> None:  # type: ignore[no-untyped-def]
-    scorer = Scorer(config, label_ids=[7, 3], actions=2, rngs=nnx.Rngs(0))
+def test_the_label_matrix_is_rows_of_the_output_then_the_heads(config: DecoderConfig) -> None:
+    scorer = scorer_of(config, [7, 3], 2)
     decoder = scorer.decoder
     output = decoder.embedding if config.tied else decoder.unembedding
     assert output is not None
@@ -31,23 +36,23 @@ def test_the_label_matrix_is_rows_of_the_output_then_the_heads(config) -> None: 
 
 
 def test_labels_or_actions_alone() -> None:
-    labels = Scorer(STUDENT, label_ids=[1, 2, 3], actions=0, rngs=nnx.Rngs(0))
+    labels = scorer_of(STUDENT, [1, 2, 3], 0)
     assert labels.label_matrix().shape == (3, STUDENT.width)
     assert not hasattr(labels, "action_head")
-    heads = Scorer(STUDENT, label_ids=[], actions=5, rngs=nnx.Rngs(0))
+    heads = scorer_of(STUDENT, [], 5)
     assert heads.label_matrix().shape == (5, STUDENT.width)
     # A decoder alone has no parameter beyond its own.
-    base = Scorer(STUDENT, label_ids=[], actions=0, rngs=nnx.Rngs(0))
+    base = scorer_of(STUDENT, [], 0)
     assert sum(x.size for x in jax.tree.leaves(nnx.state(base, nnx.Param))) == STUDENT.parameters
 
 
 def test_a_label_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(InputError, match="ids contains 300"):
-        Scorer(STUDENT, label_ids=[300], actions=0, rngs=nnx.Rngs(0)).label_matrix()
+        scorer_of(STUDENT, [300], 0).label_matrix()
 
 
 def test_gradients_reach_label_rows_and_heads() -> None:
-    scorer = Scorer(STUDENT, label_ids=[7], actions=1, rngs=nnx.Rngs(0))
+    scorer = scorer_of(STUDENT, [7], 1)
     gradient = nnx.grad(lambda s: jnp.sum(s.label_matrix()))(scorer)
     rows = np.asarray(gradient.decoder.embedding[...])
     assert rows[7].tolist() == [1.0] * STUDENT.width
@@ -57,7 +62,7 @@ def test_gradients_reach_label_rows_and_heads() -> None:
 
 def test_an_embedding_is_the_last_tokens_hidden_state_of_length_one() -> None:
     with fast_compilation():
-        encoder = BiEncoder(STUDENT, rngs=nnx.Rngs(1))
+        encoder = filled(lambda rngs: BiEncoder(STUDENT, rngs=rngs), 1)
         tokens = np.random.default_rng(0).integers(0, 300, (3, 6)).astype(np.int32)
         lengths = np.array([6, 1, 4])
         where = np.arange(6)[None] < lengths[:, None]

@@ -109,7 +109,7 @@ class Document:
 
     id: str
     fields: Mapping[str, str]
-    """Named text fields in reading order; `title` comes first by convention."""
+    """Named text fields in reading order."""
     vertical: Vertical = "jobs"
     attributes: Mapping[str, str] = field(default_factory=dict)
     numeric: Mapping[str, float] = field(default_factory=dict)

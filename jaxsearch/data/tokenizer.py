@@ -113,18 +113,21 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"vocab_size is {vocab_size}: use at least {smallest} (all bytes, control tokens, labels)"
         )
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.normalizer = normalizers.Lowercase()
+    # A word is one token at the start of a text and within it: what a query and a document share is then the same id.
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Strip(left=True, right=False), normalizers.Lowercase(), normalizers.Prepend(" ")]
+    )
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,  # Yes and No are added below; digits are bytes already
+        vocab_size=vocab_size - len(LABELS),  # they are added below
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in TINY_CONTROL],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
-    # Whole words only, before lower-casing: "No" inside "Northwind" stays text.
-    inner.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in ("Yes", "No")])
+    # Whole words only, before anything is normalised: "No" inside "Northwind" stays text.
+    inner.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in LABELS])
     return Tokenizer(inner)

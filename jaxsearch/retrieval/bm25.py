@@ -6,23 +6,36 @@ scores are ordered by document position.
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import bm25s
 import numpy as np
 import Stemmer
 
 from jaxsearch.data.records import Document
 from jaxsearch.retrieval.common import ABSENT, check_candidates, check_k, new_folder
 
+if TYPE_CHECKING:
+    import bm25s
+
 _FORMAT = 1
 # c++, c#, f# are skills; everywhere else punctuation separates words.
 _WORD = re.compile(r"\b[a-z](?:\+\+|#)|\w+")
+
+
+def _bm25s() -> ModuleType:
+    """Imported late: its import runs JAX, after which neither devices nor processes can be set up any more."""
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG
+    return bm25s
 
 
 def words(text: str) -> list[str]:
@@ -62,7 +75,7 @@ class Bm25Params:
 class Bm25:
     """A BM25 index over M texts. Build it with `build` or `load`; queries are plain strings."""
 
-    def __init__(self, params: Bm25Params, index: bm25s.BM25) -> None:
+    def __init__(self, params: Bm25Params, index: "bm25s.BM25") -> None:
         self.params = params
         self._index = index
         # How many different words each document has.
@@ -83,7 +96,7 @@ class Bm25:
         vocabulary = {word: i for i, word in enumerate(sorted(set().union(*tokens)))} if tokens else {}
         if not vocabulary:
             raise ValueError(f"none of the {len(texts)} texts holds a word: there is nothing to search")
-        index = bm25s.BM25(k1=params.k1, b=params.b, method="lucene", backend="numpy")
+        index = _bm25s().BM25(k1=params.k1, b=params.b, method="lucene", backend="numpy")
         ids = [[vocabulary[word] for word in text] for text in tokens]
         index.index((ids, vocabulary), create_empty_token=False, show_progress=False)
         return cls(params, index)
@@ -174,7 +187,7 @@ class Bm25:
         settings = json.loads((Path(folder) / "bm25.json").read_text())
         if settings.get("format") != _FORMAT:
             raise ValueError(f"{folder}: format {settings.get('format')!r}; this version reads {_FORMAT}")
-        index = bm25s.BM25.load(folder, allow_pickle=False, show_progress=False)
+        index = _bm25s().BM25.load(folder, allow_pickle=False, show_progress=False)
         data, postings, starts = (index.scores[name] for name in ("data", "indices", "indptr"))
         documents, vocabulary = index.scores["num_docs"], index.vocab_dict
         fits = (

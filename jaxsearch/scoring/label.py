@@ -72,6 +72,11 @@ def label(
     )
     store = ScoreStore(folder, meta)
     scorer = RecordScorer(model.module, model.tokenizer, contract.prompts["pair"], data.documents)
+    first = data.pairs[:shard]
+    # A resumed job gives the bits of an uninterrupted one, and so does each of several processes.
+    scorer.settle(
+        [data.queries["train"][p.query] for p in first], [chosen_pairs(p, per_query) for p in first]
+    )
     mine = [s for s in store.missing() if s % jax.process_count() == jax.process_index()]
     started, count = time.perf_counter(), 0
     with tqdm(

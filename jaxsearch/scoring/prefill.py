@@ -112,6 +112,7 @@ class PrefillScorer:
         labels = jax.eval_shape(lambda state: nnx.merge(graphdef, state).label_matrix(), self._state)
         self.labels: int = labels.shape[0]
         self._compiled: list[Shape] = []
+        self._settled: tuple[Shape, ...] | None = None
 
         def run(state: Any, prefix: Prefix, items: PackedItems) -> jax.Array:
             # Python runs this once per compilation, not once per call: the counter of what was compiled.
@@ -139,6 +140,32 @@ class PrefillScorer:
             )
         self._state = state
 
+    def settle(self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Choose the shapes for lists like these, and from now on plan as if exactly these were compiled.
+
+        The same lists then give the same bits, whatever was scored before them and in whichever process: what a
+        resumable job needs. Without it shapes that happen to be compiled are preferred.
+
+        Args:
+            prefixes: as in `score_lists`.
+            items: as in `score_lists`.
+        """
+        self._settled = tuple(dict.fromkeys(call.shape for call in self._plan(prefixes, items, ())))
+
+    def _plan(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        items: Sequence[Sequence[Sequence[int]]],
+        compiled: Sequence[Shape],
+    ) -> list[Call]:
+        return plan(
+            list(map(len, prefixes)),
+            [list(map(len, candidates)) for candidates in items],
+            buckets=self.buckets,
+            config=self.config,
+            compiled=compiled,
+        )
+
     def score_lists(
         self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Sequence[int]]]
     ) -> list[NDArray[np.float32]]:
@@ -161,13 +188,7 @@ class PrefillScorer:
             raise ValueError(
                 f"items has {len(items)} lists: prefixes has {len(prefixes)}, give one per query"
             )
-        calls = plan(
-            list(map(len, prefixes)),
-            [list(map(len, candidates)) for candidates in items],
-            buckets=self.buckets,
-            config=self.config,
-            compiled=self._compiled,
-        )
+        calls = self._plan(prefixes, items, self._compiled if self._settled is None else self._settled)
         found = [np.zeros((len(candidates), self.labels), np.float32) for candidates in items]
         running: deque[tuple[list[Unit], jax.Array]] = deque()
         for call in calls:

@@ -28,6 +28,7 @@ class RecordScorer:
       tokenizer: its tokenizer.
       prompt: its template.
       documents: the corpus; their tokens are made once.
+      buckets: as in `PrefillScorer`.
     """
 
     def __init__(
@@ -60,6 +61,11 @@ class RecordScorer:
             self._document_tokens[row] + pair + self.room.suffix
             for row, pair in zip(rows, pairs, strict=True)
         ]
+
+    def settle(self, queries: Sequence[Query], candidates: Sequence[np.ndarray]) -> None:
+        """Choose the shapes for queries like these and keep to them (see `PrefillScorer.settle`)."""
+        lists = [self.items(query, rows) for query, rows in zip(queries, candidates, strict=True)]
+        self.prefill.settle(self.room.prefixes(queries), lists)
 
     def __call__(
         self,

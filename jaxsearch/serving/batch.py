@@ -55,6 +55,7 @@ def rank_file(
     parts.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(Path(queries_file).read_bytes()).hexdigest()
     _same_job(folder, {"bundle": bundle.hash, "queries_sha256": digest, "depth": depth, "top": top})
+    bundle.settle(queries[:PART], depth=depth)  # so that a resumed run gives the bits of an uninterrupted one
     resumed = 0
     files = []
     with tqdm(total=len(queries), desc="ranking", unit="query") as bar:

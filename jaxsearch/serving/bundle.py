@@ -223,6 +223,10 @@ class Bundle:
             )
         return results
 
+    def settle(self, queries: Sequence[Query], *, depth: int) -> None:
+        """Keep to the shapes that suit queries like these; the same queries then give the same bits in any process."""
+        self.scorer.settle(queries, self._candidates(queries, depth))
+
     def _candidates(self, queries: Sequence[Query], depth: int) -> list[np.ndarray]:
         """Rows of at most `depth` documents per query, best first, those alone that its filters allow."""
         filtered = any(query.filters for query in queries)

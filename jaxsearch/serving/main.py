@@ -10,7 +10,9 @@ from jaxsearch.errors import InputError
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="serve.py", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="encode documents, build the index, write a bundle")
+    build = commands.add_parser(
+        "build", allow_abbrev=False, help="encode documents, build the index, write a bundle"
+    )
     build.add_argument("--ranker", required=True, help="model folder of a ranker")
     build.add_argument("--retriever", required=True, help="model folder of a bi-encoder")
     source = build.add_mutually_exclusive_group(required=True)
@@ -20,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir", default="", help="folder of prepared data (default: ~/tensorflow_datasets)"
     )
     build.add_argument("--output", required=True, help="folder of the new bundle")
-    batch = commands.add_parser("batch", help="rank a file of queries")
+    batch = commands.add_parser("batch", allow_abbrev=False, help="rank a file of queries")
     batch.add_argument("--bundle", required=True)
     batch.add_argument("--queries", required=True, help="JSONL file, one Query a line")
     batch.add_argument("--output", required=True, help="folder for rankings.jsonl and run.trec")
@@ -28,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
         "--depth", type=int, default=50, help="candidates retrieved and ranked per query (default 50)"
     )
     batch.add_argument("--top", type=int, default=10, help="results written per query (default 10)")
-    label = commands.add_parser("label", help="score training pairs into a store for students")
+    label = commands.add_parser(
+        "label", allow_abbrev=False, help="score training pairs into a store for students"
+    )
     label.add_argument("--model", required=True, help="model folder of a judge or teacher")
     label.add_argument("--dataset", required=True, help="such as job_market:tiny")
     label.add_argument(

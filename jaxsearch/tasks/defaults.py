@@ -24,9 +24,20 @@ def tiny_prompt(kind: str, features: tuple[str, ...] = ()) -> PromptConfig:
     )
 
 
-def tiny_optimizer() -> OptimizerConfig:
-    """Muon: the difference between minutes and hours for models from scratch."""
-    return OptimizerConfig(kind="muon", learning_rate=3e-3, warmup_steps=15, b2=0.98, final_fraction=0.05)
+def tiny_optimizer(scale: float = 1.0) -> OptimizerConfig:
+    """Muon: the difference between minutes and hours for models from scratch.
+
+    Args:
+        scale: of both learning rates; below 1 where a trained model is only turned to a related task.
+    """
+    return OptimizerConfig(
+        kind="muon",
+        learning_rate=3e-3 * scale,
+        muon_learning_rate=0.02 * scale,
+        warmup_steps=15,
+        b2=0.98,
+        final_fraction=0.05,
+    )
 
 
 def tiny_data() -> DataConfig:

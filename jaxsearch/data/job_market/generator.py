@@ -214,10 +214,10 @@ class JobMarket:
         city, company = self.cities[posting.city], self.companies[posting.company]
         fewest, most = self.market.description
         fields = {
-            "title": templates.with_level(name, level),
-            "company": company,
             "location": f"{city}, {workplace}",
+            "title": templates.with_level(name, level),
             "skills": ", ".join(posting.skills),
+            "company": company,
         }
         description = templates.description(
             fewest + int(rng.random() * (most - fewest)),
@@ -250,7 +250,7 @@ class JobMarket:
     def _make_search(self, index: int) -> _Search:
         rng = self._rng("search", index)
         target = int(rng.random() * len(self.occupations))
-        place = _weighted(rng, (0.45, 0.25, 0.3))
+        place = _weighted(rng, (0.3, 0.35, 0.35))
         home = int(rng.random() * len(self.cities))
         need = policy.Need(
             occupation=target,
@@ -328,13 +328,13 @@ class JobMarket:
         The rest is drawn around another occupation in the way in which the others are drawn around this one, so that no posting is more
         often a good answer than a bad one.
         """
-        rng, part = self._rng("judged", index), self.market.judged // 4
+        rng, count = self._rng("judged", index), self.market.judged
         offered = self._columns.occupation
         title = self.tiers[self._searches[index].need.occupation, offered]
         good, spoiled = np.flatnonzero(row > 2).tolist(), np.flatnonzero((title > 2) & (row <= 2)).tolist()
-        chosen = dict.fromkeys(_sample(rng, good, part) + _sample(rng, spoiled, part))
+        chosen = dict.fromkeys(_sample(rng, good, count // 3) + _sample(rng, spoiled, count // 3))
         related = np.flatnonzero((title > 0) & (title <= 2)).tolist()
-        chosen |= dict.fromkeys(_sample(rng, related, part))
+        chosen |= dict.fromkeys(_sample(rng, related, count // 6))
         while len(chosen) < self.market.judged:
             elsewhere = np.flatnonzero(self.tiers[int(rng.random() * len(self.occupations)), offered] > 2)
             other = _pick(rng, elsewhere.tolist())

@@ -16,7 +16,7 @@ from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Quer
 TABLES = ("documents", "queries", "judgments", "impressions")
 SPLITS = ("train", "dev", "test")
 DOCUMENT_SPLIT = "corpus"
-DOCUMENT_FIELDS = ("title", "company", "location", "skills", "pay", "description")
+DOCUMENT_FIELDS = ("location", "title", "skills", "company", "pay", "description")
 ATTRIBUTES = ("company", "city", "workplace", "seniority")
 NUMERIC = ("salary", "age_days", "company_ctr")
 SEARCHER = ("headline", "location", "wanted_salary")
