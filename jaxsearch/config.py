@@ -80,7 +80,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(self.kind in ("adamw", "muon"), "optimizer.kind", self.kind, "adamw or muon")
         _require(
-            self.muon_learning_rate > 0, "optimizer.muon_learning_rate", self.muon_learning_rate, "a positive number"
+            self.muon_learning_rate > 0,
+            "optimizer.muon_learning_rate",
+            self.muon_learning_rate,
+            "a positive number",
         )
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm"):

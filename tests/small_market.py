@@ -176,7 +176,9 @@ def train_funnel(folder: Path) -> Funnel:
 def build_small_bundle(funnel: Funnel, folder: Path) -> Path:
     """The bundle of a funnel's ranker and retriever."""
     with fast_compilation():
-        build_bundle(folder, load_model(funnel.model("ranker")), load_model(funnel.model("retriever")), documents())
+        build_bundle(
+            folder, load_model(funnel.model("ranker")), load_model(funnel.model("retriever")), documents()
+        )
     return folder
 
 

@@ -72,14 +72,19 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def flat(module: nnx.Module) -> dict[str, np.ndarray]:
-    return {".".join(map(str, path)): np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(module))}
+    return {
+        ".".join(map(str, path)): np.asarray(value[...])
+        for path, value in nnx.to_flat_state(nnx.state(module))
+    }
 
 
 def test_everything_survives(tokenizer: Tokenizer, tmp_path: Path) -> None:
     contract = ranker(tokenizer)
     module = new_module(contract, 5)
     digest = save_model(tmp_path / "a" / "b", module, contract, tokenizer)
-    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted((CONTRACT_FILE, WEIGHTS_FILE, FILE))
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted(
+        (CONTRACT_FILE, WEIGHTS_FILE, FILE)
+    )
     model = load_model(tmp_path / "a" / "b")
     assert model.contract == contract
     assert model.hash == digest
@@ -107,17 +112,27 @@ def test_other_kinds(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     names = [str(grade) for grade in range(5)] if kind == "judge" else []
     prompts = {part: PromptConfig({"pair": "judge"}.get(part, part), chat="tiny") for part in parts}
     contract = Contract(
-        kind, dataclasses.replace(TEACHER, tied=False), prompts, {name: tokenizer.label(name) for name in names}
+        kind,
+        dataclasses.replace(TEACHER, tied=False),
+        prompts,
+        {name: tokenizer.label(name) for name in names},
     )
     save_model(tmp_path, new_module(contract, 0), contract, tokenizer)
     model = load_model(tmp_path)
     assert model.contract == contract
     assert isinstance(model.module, BiEncoder if kind == "bi_encoder" else Scorer)
     assert contract.tolerance == 1e-3
-    assert dataclasses.replace(contract, architecture=dataclasses.replace(TEACHER, compute_dtype="bfloat16")).tolerance > 0.1
+    assert (
+        dataclasses.replace(
+            contract, architecture=dataclasses.replace(TEACHER, compute_dtype="bfloat16")
+        ).tolerance
+        > 0.1
+    )
 
 
-def test_an_interrupted_save_leaves_no_contract(folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_leaves_no_contract(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     contract = ranker(tokenizer)
     module = new_module(contract, 6)
 
@@ -127,7 +142,9 @@ def test_an_interrupted_save_leaves_no_contract(folder: Path, tokenizer: Tokeniz
     monkeypatch.setattr(Tokenizer, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         save_model(folder, module, contract, tokenizer)
-    with pytest.raises(ContractError, match=r"holds no contract\.json: give the `model` folder of a finished run"):
+    with pytest.raises(
+        ContractError, match=r"holds no contract\.json: give the `model` folder of a finished run"
+    ):
         load_model(folder)
 
 
@@ -150,7 +167,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def rehash(folder: Path) -> None:
     """Make the contract's hashes those of the files, as somebody who means harm would."""
-    edit(folder, lambda v: v.update(sha256={name: contracts._digest(folder / name) for name in (WEIGHTS_FILE, FILE)}))
+    edit(
+        folder,
+        lambda v: v.update(sha256={name: contracts._digest(folder / name) for name in (WEIGHTS_FILE, FILE)}),
+    )
 
 
 def change_bytes(path: Path) -> None:
@@ -162,7 +182,9 @@ def change_bytes(path: Path) -> None:
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, FILE])
 def test_files_other_than_the_contract_was_written_for(folder: Path, name: str) -> None:
     change_bytes(folder / name)
-    with pytest.raises(ContractError, match=rf"{name} is missing or is not the file .*: copy the whole folder"):
+    with pytest.raises(
+        ContractError, match=rf"{name} is missing or is not the file .*: copy the whole folder"
+    ):
         load_model(folder)
     (folder / name).unlink()
     with pytest.raises(ContractError, match=f"{name} is missing"):
@@ -181,17 +203,27 @@ def test_files_other_than_the_contract_was_written_for(folder: Path, name: str) 
         (lambda v: v.pop("sha256"), "sha256"),
         (lambda v: v.update(sha256={}), "sha256 is {}"),
         (lambda v: v["sha256"].update({"../../etc/passwd": "0"}), "sha256 is"),
-        (lambda v: v.update(labels={"No": v["labels"]["No"], "Yes": v["labels"]["Yes"]}), "labels are No, Yes"),
+        (
+            lambda v: v.update(labels={"No": v["labels"]["No"], "Yes": v["labels"]["Yes"]}),
+            "labels are No, Yes",
+        ),
         (lambda v: v["labels"].pop("No"), "labels are Yes, a ranker has Yes, No"),
         (lambda v: v.update(labels=None), "NoneType"),
         (lambda v: v.update(actions="click"), "actions are 'click', not a list"),
         (lambda v: v.update(actions=[1]), "actions are [1]"),
         (lambda v: v.update(prompts={}), "prompts.pair is missing"),
-        (lambda v: v["prompts"]["pair"].update(kind="judge"), "prompts.pair is missing or not of kind 'ranker'"),
+        (lambda v: v.update(calibrators=["x"]), "calibrators is ['x'], not an object"),
+        (
+            lambda v: v["prompts"]["pair"].update(kind="judge"),
+            "prompts.pair is missing or not of kind 'ranker'",
+        ),
         (lambda v: v["prompts"]["pair"].update(features=["luck"]), "prompt.features has 'luck'"),
         (lambda v: v["prompts"]["pair"].update(features="near"), "prompt.features is 'near'"),
         (lambda v: v["prompts"]["pair"].update(searcher="headline"), "prompt.searcher is 'headline'"),
-        (lambda v: v["prompts"]["pair"].update(max_document_tokens="96"), "prompt.max_document_tokens is '96'"),
+        (
+            lambda v: v["prompts"]["pair"].update(max_document_tokens="96"),
+            "prompt.max_document_tokens is '96'",
+        ),
         (lambda v: v["prompts"]["pair"].update(colour="red"), "colour"),
         (lambda v: v["architecture"].pop("rope_theta"), "rope_theta"),
         (lambda v: v["architecture"].update(rope_theta=-1.0), "DecoderConfig.rope_theta is -1.0"),
@@ -242,7 +274,10 @@ def test_one_action_more_or_less(folder: Path) -> None:
         values["golden"] = []
 
     edit(folder, fewer)
-    with pytest.raises(ContractError, match=r"weights: action_head is float32 \(2, 8\), the architecture needs float32 \(1, 8\)"):
+    with pytest.raises(
+        ContractError,
+        match=r"weights: action_head is float32 \(2, 8\), the architecture needs float32 \(1, 8\)",
+    ):
         load_model(folder)
 
 

@@ -19,13 +19,17 @@ def data() -> Dataset:
     return dataset()
 
 
-@pytest.mark.parametrize("name", ["", "job_market:huge", "jobs", "onet_jobs:tiny", "job_market:tiny:x", "onet_jobs:"])
+@pytest.mark.parametrize(
+    "name", ["", "job_market:huge", "jobs", "onet_jobs:tiny", "job_market:tiny:x", "onet_jobs:"]
+)
 def test_names_that_do_not_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "_onet_jobs", lambda folder: "onet")
     if name == "onet_jobs:":
         assert load_dataset(name) == load_dataset("onet_jobs") == "onet"
         return
-    with pytest.raises(InputError, match=r"use one of job_market:tiny, job_market:default, job_market:long, onet_jobs") as caught:
+    with pytest.raises(
+        InputError, match=r"use one of job_market:tiny, job_market:default, job_market:long, onet_jobs"
+    ) as caught:
         load_dataset(name)
     assert repr(name) in str(caught.value)
 
@@ -36,7 +40,9 @@ def test_job_market_by_row(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> No
         for split, queries in data.queries.items()
         for i in range(4 if split == "test" else 0, 4 + len(queries))
     }
-    tables = Tables(list(data.documents), {k: list(v) for k, v in data.queries.items()}, judgments, data.impressions)  # type: ignore[arg-type]
+    tables = Tables(
+        list(data.documents), {k: list(v) for k, v in data.queries.items()}, judgments, data.impressions
+    )  # type: ignore[arg-type]
     monkeypatch.setattr(datasets.job_market, "load_tables", lambda variant, folder: tables)
     found = load_dataset("job_market")
     assert found.name == "job_market:default_v1".replace("v1", datasets.VERSION)
@@ -83,7 +89,9 @@ def test_grades_of_dev_and_test_queries(data: Dataset) -> None:
 
 
 def test_properties_without_impressions(data: Dataset) -> None:
-    bare = dataclasses.replace(data, impressions={}, queries={"train": [], "dev": [], "test_seen": [], "test_unseen": []})
+    bare = dataclasses.replace(
+        data, impressions={}, queries={"train": [], "dev": [], "test_seen": [], "test_unseen": []}
+    )
     assert bare.actions == ()
     assert bare.test_splits == ["test_seen", "test_unseen"]
 
@@ -98,7 +106,9 @@ def test_the_fingerprint_is_of_names_texts_and_pairs(data: Dataset) -> None:
         dataclasses.replace(data, documents=[dataclasses.replace(first, fields={"title": "x"}), *rest]),
         dataclasses.replace(data, documents=[dataclasses.replace(first, numeric={"salary": 51.0}), *rest]),
         dataclasses.replace(data, documents=[*rest, first]),
-        dataclasses.replace(data, queries={**data.queries, "train": [dataclasses.replace(query, text="x"), *others]}),
+        dataclasses.replace(
+            data, queries={**data.queries, "train": [dataclasses.replace(query, text="x"), *others]}
+        ),
         dataclasses.replace(data, pairs=[Pairs(pair.query, pair.documents[::-1], pair.grades), *pairs]),
         dataclasses.replace(data, pairs=pairs),
     ]

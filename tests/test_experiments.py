@@ -68,7 +68,10 @@ def test_commands_in_the_docstring_are_valid(name: str) -> None:
 def test_the_student_is_small_enough() -> None:
     """At most 40% of a teacher's parameters, as 0.6B are of 1.7B."""
     for student, teacher in (("tiny_student", "tiny"), ("qwen3_0_6b", "qwen3_1_7b")):
-        sizes = [dataclasses.replace(PRESETS[name], vocab_size=PRESETS[name].vocab_size) for name in (student, teacher)]
+        sizes = [
+            dataclasses.replace(PRESETS[name], vocab_size=PRESETS[name].vocab_size)
+            for name in (student, teacher)
+        ]
         if student.startswith("tiny"):
             sizes = [dataclasses.replace(size, vocab_size=2048) for size in sizes]
         assert sizes[0].parameters <= 0.4 * sizes[1].parameters

@@ -11,7 +11,9 @@ from jaxsearch.data.records import Document, Query, RecordError, to_dict
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    records = [Document(f"d{i}", {"title": "Zürich\u2028 \"C++\"\n☃"}, numeric={"pay": i / 3}) for i in range(3)]
+    records = [
+        Document(f"d{i}", {"title": 'Zürich\u2028 "C++"\n☃'}, numeric={"pay": i / 3}) for i in range(3)
+    ]
     write_lines(tmp_path / "d.jsonl", map(to_dict, records))
     assert read_records(tmp_path / "d.jsonl", Document) == records
     assert len((tmp_path / "d.jsonl").read_bytes().split(b"\n")) == 4
@@ -61,7 +63,9 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch:
         read_records(tmp_path / "q.jsonl", Query)
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "no such file"), (b"", "no records"), (b"\n\n", "no records")])
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "no such file"), (b"", "no records"), (b"\n\n", "no records")]
+)
 def test_missing_and_empty_files(tmp_path: Path, content: bytes | None, words: str) -> None:
     if content is not None:
         (tmp_path / "q.jsonl").write_bytes(content)

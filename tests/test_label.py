@@ -94,7 +94,9 @@ def test_other_models_and_data_are_refused(funnel: Funnel, judge: Model, tmp_pat
 
 def test_what_cannot_label(funnel: Funnel, judge: Model, tmp_path: Path) -> None:
     for stage, kind in (("retriever", "bi_encoder"), ("base", "base")):
-        with pytest.raises(ContractError, match=f"a {kind} gives no scores per pair: label with a judge or ranker"):
+        with pytest.raises(
+            ContractError, match=f"a {kind} gives no scores per pair: label with a judge or ranker"
+        ):
             label(load_model(funnel.model(stage)), funnel.data, tmp_path)
     with pytest.raises(InputError, match="per_query is -1: use at least 0"):
         label(judge, funnel.data, tmp_path, per_query=-1)

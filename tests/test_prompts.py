@@ -35,8 +35,13 @@ def every_letter() -> Tokenizer:
     """Bytes, all control tokens of all chat formats, and nothing merged: a token is a letter."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    inner.add_tokens([AddedToken(token, special="think" not in token, normalized=False) for token in CONTROLS])
+    inner.pre_tokenizer, inner.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    inner.add_tokens(
+        [AddedToken(token, special="think" not in token, normalized=False) for token in CONTROLS]
+    )
     return Tokenizer(inner)
 
 
@@ -121,11 +126,15 @@ def test_verticals_have_their_own_words_and_filters_are_told() -> None:
     assert "a job posting is" in spell(jobs)
     assert "a member profile is" in spell(other)
     assert spell(other).endswith("Search: nurse in Austin\nRequired work place: remote\n")
-    with pytest.raises(InputError, match=r"vertical is 'people': there is no grading policy policy_people\.md"):
+    with pytest.raises(
+        InputError, match=r"vertical is 'people': there is no grading policy policy_people\.md"
+    ):
         room("judge").prefixes([people])
 
 
-WILD = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from([*CONTROLS, "\nSearch: ", "Yes", "{x}"])
+WILD = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(
+    [*CONTROLS, "\nSearch: ", "Yes", "{x}"]
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -185,7 +194,11 @@ def test_empty_queries_are_refused_by_name() -> None:
     [
         (QUERY, POSTING, " position4 rate0.26 age3 pays True near True"),
         (QUERY, dataclasses.replace(POSTING, numeric={"salary": 59.9}), " position4 pays False near True"),
-        (QUERY, dataclasses.replace(POSTING, attributes={"city": "Boston"}, numeric={}), " position4 near False"),
+        (
+            QUERY,
+            dataclasses.replace(POSTING, attributes={"city": "Boston"}, numeric={}),
+            " position4 near False",
+        ),
         (Query("q", "x", searcher={"wanted_salary": "much"}), POSTING, " position4 rate0.26 age3"),
         (Query("q", "x"), Document("d", {"t": "x"}), " position4"),
     ],

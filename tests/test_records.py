@@ -34,7 +34,9 @@ HALF = "\ud83d"
     "record",
     [
         Query("q", "nurse", "people", {"headline": "RN"}, {"city": "Austin"}),
-        Document("d", {"title": "Nurse", "about": ""}, "people", {"city": "Austin"}, {"salary": 7, "ctr": 0.25}),
+        Document(
+            "d", {"title": "Nurse", "about": ""}, "people", {"city": "Austin"}, {"salary": 7, "ctr": 0.25}
+        ),
         Judgment("q", "d", 4, "The job asked for."),
         Impression("q", "d", 3, {"click": True, "bad_fit": None}, "2026-06-01T12:00:00Z"),
         Impression("q", "d", 1, {"connect": False}, vertical="people"),

@@ -41,15 +41,21 @@ def test_written_scores_are_read(tmp_path: Path) -> None:
 def test_unfinished(tmp_path: Path) -> None:
     fill(tmp_path, [0, 2])
     (tmp_path / "scores-00001.tmp").write_bytes(b"half")  # of a job that was stopped
-    with pytest.raises(StoreError, match=r"unfinished \(shard 1 of 3 is missing\): run the same labelling job again"):
+    with pytest.raises(
+        StoreError, match=r"unfinished \(shard 1 of 3 is missing\): run the same labelling job again"
+    ):
         read_scores(tmp_path, WHO.fingerprint)
-    with pytest.raises(StoreError, match=r"holds no score store \(store\.json\): run the labelling job first"):
+    with pytest.raises(
+        StoreError, match=r"holds no score store \(store\.json\): run the labelling job first"
+    ):
         read_scores(tmp_path / "nowhere", WHO.fingerprint)
 
 
 def test_stale(tmp_path: Path) -> None:
     fill(tmp_path, [0, 1, 2])
-    with pytest.raises(StoreError, match=r"fingerprint ffffffffffff, training uses 000000000000: the store is stale"):
+    with pytest.raises(
+        StoreError, match=r"fingerprint ffffffffffff, training uses 000000000000: the store is stale"
+    ):
         read_scores(tmp_path, "0" * 64)
 
 
@@ -60,13 +66,16 @@ def test_stale(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_store_of_something_else_is_not_continued(tmp_path: Path, field: str, value: object) -> None:
     fill(tmp_path, [0])
-    with pytest.raises(StoreError, match=rf"already holds scores with {field} .* \(not .*\): give another folder"):
+    with pytest.raises(
+        StoreError, match=rf"already holds scores with {field} .* \(not .*\): give another folder"
+    ):
         ScoreStore(tmp_path, dataclasses.replace(WHO, **{field: value}))
     assert ScoreStore(tmp_path, WHO).missing() == [1, 2]
 
 
 @pytest.mark.parametrize(
-    "scores", [np.zeros((2, 3)), np.zeros((3, 2)), np.zeros(2), np.full((2, 2), np.nan), np.full((2, 2), np.inf)]
+    "scores",
+    [np.zeros((2, 3)), np.zeros((3, 2)), np.zeros(2), np.full((2, 2), np.nan), np.full((2, 2), np.inf)],
 )
 def test_bad_scores_are_not_written(tmp_path: Path, scores: np.ndarray) -> None:
     store = ScoreStore(tmp_path, WHO)
@@ -75,7 +84,9 @@ def test_bad_scores_are_not_written(tmp_path: Path, scores: np.ndarray) -> None:
     assert store.missing() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "pickle", "names", "width", "lengths", "nan", "strings"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "text", "pickle", "names", "width", "lengths", "nan", "strings"]
+)
 def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
     fill(tmp_path, [0, 1, 2])
     path = tmp_path / "scores-00001.npz"
@@ -93,13 +104,13 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
     else:
         whole = path.read_bytes()
         path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"scores"}[damage])
-    with pytest.raises(StoreError, match=r"scores-00001\.npz is damaged .*: delete it and run the labelling job"):
+    with pytest.raises(
+        StoreError, match=r"scores-00001\.npz is damaged .*: delete it and run the labelling job"
+    ):
         read_scores(tmp_path, WHO.fingerprint)
 
 
-@pytest.mark.parametrize(
-    "change", [{"shard": 0}, {"queries": -1}, {"columns": None}, {"extra": 1}, None]
-)
+@pytest.mark.parametrize("change", [{"shard": 0}, {"queries": -1}, {"columns": None}, {"extra": 1}, None])
 def test_damaged_meta(tmp_path: Path, change: dict | None) -> None:
     fill(tmp_path, [0, 1, 2])
     values = json.loads((tmp_path / META).read_text())

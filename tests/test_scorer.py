@@ -69,7 +69,11 @@ def test_an_embedding_is_the_last_tokens_hidden_state_of_length_one() -> None:
         found = np.asarray(jax.jit(lambda t, w: encoder(t, w))(jnp.asarray(tokens), jnp.asarray(where)))
         # Whatever stands in the padding, and however much of it there is.
         wild = np.pad(np.where(where, tokens, 299), ((0, 0), (0, 5)))
-        more = np.asarray(jax.jit(lambda t, w: encoder(t, w))(jnp.asarray(wild), jnp.asarray(np.pad(where, ((0, 0), (0, 5))))))
+        more = np.asarray(
+            jax.jit(lambda t, w: encoder(t, w))(
+                jnp.asarray(wild), jnp.asarray(np.pad(where, ((0, 0), (0, 5))))
+            )
+        )
         alone = []
         for row, length in zip(tokens, lengths, strict=True):
             text = jnp.asarray(row[None, :length])

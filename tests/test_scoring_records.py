@@ -28,7 +28,9 @@ from jaxsearch.scoring.records import (
     relevance_log_odds,
 )
 
-PAIR = PromptConfig("ranker", style="short", chat="tiny", features=("company_ctr", "near", "position"), max_document_tokens=9)
+PAIR = PromptConfig(
+    "ranker", style="short", chat="tiny", features=("company_ctr", "near", "position"), max_document_tokens=9
+)
 QUERY, DOCUMENT = (PromptConfig(kind, style="short", chat="tiny") for kind in ("query", "document"))
 
 
@@ -59,7 +61,9 @@ def encoder() -> BiEncoder:
     return filled(lambda rngs: BiEncoder(STUDENT, rngs=rngs), 1)
 
 
-def test_items_are_document_then_pair_then_suffix(data: Dataset, tokenizer: Tokenizer, scorer: Scorer) -> None:
+def test_items_are_document_then_pair_then_suffix(
+    data: Dataset, tokenizer: Tokenizer, scorer: Scorer
+) -> None:
     records = RecordScorer(scorer, tokenizer, PAIR, data.documents)
     rows = np.array([3, 0])
     texts = ["Senior welder; Works 1; Boston", "Senior nurse; Works 0; Austin"]
@@ -94,9 +98,7 @@ def test_scores_are_the_prefills(data: Dataset, tokenizer: Tokenizer, scorer: Sc
         records(queries, candidates[:2])
 
 
-def test_scorers_and_embedders_keep_the_weights_they_were_given(
-    data: Dataset, tokenizer: Tokenizer
-) -> None:
+def test_scorers_and_embedders_keep_the_weights_they_were_given(data: Dataset, tokenizer: Tokenizer) -> None:
     """A module that is trained on does not change what was made from it, nor the other way round."""
     labels = [tokenizer.label(name) for name in RANKER_LABELS]
     scorer = filled(lambda rngs: Scorer(STUDENT, label_ids=labels, actions=0, rngs=rngs), 2)
@@ -119,7 +121,9 @@ def test_scorers_and_embedders_keep_the_weights_they_were_given(
 def test_embeddings_stand_in_the_rows_of_their_texts(
     data: Dataset, tokenizer: Tokenizer, encoder: BiEncoder
 ) -> None:
-    embedder = Embedder(encoder, tokenizer, QUERY, DOCUMENT, tokens=96)  # several groups, some of them not full
+    embedder = Embedder(
+        encoder, tokenizer, QUERY, DOCUMENT, tokens=96
+    )  # several groups, some of them not full
     lengths = [1, 30, 3, 9, 30, 2, 60, 5, 1]
     documents = [Document(f"d{i}", {"t": "nurse " * n + str(i)}) for i, n in enumerate(lengths)]
     found = embedder.documents(documents)

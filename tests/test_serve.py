@@ -29,7 +29,17 @@ def test_build_then_batch(funnel: Funnel, tmp_path: Path, capsys: pytest.Capture
     bundle, out = str(tmp_path / "bundle"), str(tmp_path / "out")
     assert main(["build", *models, "--documents", str(tmp_path / "d.jsonl"), "--output", bundle]) == 0
     assert capsys.readouterr().out == f"{bundle}: 5 documents\n"
-    options = ["batch", "--bundle", bundle, "--queries", str(tmp_path / "q.jsonl"), "--output", out, "--top", "2"]
+    options = [
+        "batch",
+        "--bundle",
+        bundle,
+        "--queries",
+        str(tmp_path / "q.jsonl"),
+        "--output",
+        out,
+        "--top",
+        "2",
+    ]
     assert main(options) == 0
     assert capsys.readouterr().out == f"{out}: 3 queries, 0 of them from an earlier run\n"
     assert main(options) == 0
@@ -42,7 +52,15 @@ def test_label(
     funnel: Funnel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(jaxsearch.data.datasets, "load_dataset", lambda name, folder: funnel.data)
-    options = ["label", "--model", str(funnel.model("judge")), "--dataset", "job_market:tiny", "--per-query", "1"]
+    options = [
+        "label",
+        "--model",
+        str(funnel.model("judge")),
+        "--dataset",
+        "job_market:tiny",
+        "--per-query",
+        "1",
+    ]
     assert main([*options, "--output", str(tmp_path / "store")]) == 0
     assert "12 pairs scored" in capsys.readouterr().out
     assert len(read_scores(tmp_path / "store", funnel.data.fingerprint)[1]) == 12
@@ -54,13 +72,20 @@ def test_label(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["build", "--ranker", "no", "--retriever", "no", "--documents", "d", "--output", "o"], "no holds no contract.json"),
+        (
+            ["build", "--ranker", "no", "--retriever", "no", "--documents", "d", "--output", "o"],
+            "no holds no contract.json",
+        ),
         (["batch", "--bundle", "no", "--queries", "q", "--output", "o"], "no holds no bundle.json"),
         (["label", "--model", "no", "--dataset", "jobs", "--output", "o"], "data set is 'jobs': use one of"),
     ],
 )
 def test_bad_input(
-    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(options) == 2
@@ -70,13 +95,31 @@ def test_bad_input(
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_files(funnel: Funnel, bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files(
+    funnel: Funnel, bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "bad.jsonl").write_text('{"id": "a", "text": ""}\n')
-    assert main(["batch", "--bundle", str(bundle_folder), "--queries", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "o")]) == 2
+    assert (
+        main(
+            [
+                "batch",
+                "--bundle",
+                str(bundle_folder),
+                "--queries",
+                str(tmp_path / "bad.jsonl"),
+                "--output",
+                str(tmp_path / "o"),
+            ]
+        )
+        == 2
+    )
     assert "bad.jsonl:1: Query.text is ''" in capsys.readouterr().err
     models = ["--ranker", str(funnel.model("judge")), "--retriever", str(funnel.model("retriever"))]
     (tmp_path / "d.jsonl").write_text('{"id": "a", "fields": {"t": "x"}}\n')
-    assert main(["build", *models, "--documents", str(tmp_path / "d.jsonl"), "--output", str(tmp_path / "b")]) == 2
+    assert (
+        main(["build", *models, "--documents", str(tmp_path / "d.jsonl"), "--output", str(tmp_path / "b")])
+        == 2
+    )
     assert "ranker is a judge" in capsys.readouterr().err
 
 

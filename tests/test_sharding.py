@@ -58,7 +58,7 @@ def test_specs(caplog: pytest.LogCaptureFixture) -> None:
         "parameter layers.k: axis kv_heads of size 3 stays whole, mesh.tensor 2 does not divide it"
     ]
     with pytest.raises(
-        ValueError, match="parameter x has unknown logical axis 'wide': known are layer, vocab"
+        ValueError, match="parameter x has unknown logical axis 'wide': known are layer, actions, vocab"
     ):
         parameter_spec("x", (8,), ("wide",), mesh)
     with pytest.raises(ValueError, match=r"parameter x of shape \(8,\) has 2 logical axes"):

@@ -46,7 +46,16 @@ from jaxsearch.tasks.relevance_teacher import RelevanceTeacherTask
 from jaxsearch.tasks.retriever import RetrieverTask
 from jaxsearch.training.main import main
 
-SMALL = ["--steps", "3", "--batch-size", "4", "--optimizer.warmup-steps", "1", "--task.model.vocab-size", "300"]
+SMALL = [
+    "--steps",
+    "3",
+    "--batch-size",
+    "4",
+    "--optimizer.warmup-steps",
+    "1",
+    "--task.model.vocab-size",
+    "300",
+]
 STAGES = ("base", "judge", "retriever", "relevance_teacher", "engagement_teacher", "ranker")
 
 
@@ -64,7 +73,10 @@ def rngs(seed: int, count: int) -> list[np.random.Generator]:
 
 
 def flat(module: nnx.Module) -> dict[str, np.ndarray]:
-    return {".".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    return {
+        ".".join(map(str, path)): np.asarray(v[...])
+        for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
 
 
 def from_start(funnel: Funnel, stage: str) -> list[str]:
@@ -111,7 +123,9 @@ def test_every_stage_logs_learns_and_evaluates(funnel: Funnel, stage: str) -> No
     }[stage]  # fmt: skip
     assert set(figures) == expected
     assert all(0 <= figures[name] <= 1 for name in ranking & set(figures))
-    assert math.isnan(figures.get("dev/auroc/bad_fit", math.nan))  # possible on clicked ones alone, where it was True
+    assert math.isnan(
+        figures.get("dev/auroc/bad_fit", math.nan)
+    )  # possible on clicked ones alone, where it was True
     assert 0 <= figures.get("dev/auroc/click", 0.5) <= 1
     assert 3 < figures.get("dev/nats_per_token", 5) < 8  # ln 300 is 5.7
 
@@ -148,7 +162,9 @@ def test_a_warm_start_copies_the_weights(funnel: Funnel, world: Dataset, stage: 
 
 def test_compute_settings_are_the_configs_and_sizes_the_checkpoints(funnel: Funnel, world: Dataset) -> None:
     sizes = load_model(funnel.model("base")).contract.architecture
-    start = load_start(ModelConfig("tiny_student", str(funnel.model("base")), compute_dtype="bfloat16", remat="full"), world)
+    start = load_start(
+        ModelConfig("tiny_student", str(funnel.model("base")), compute_dtype="bfloat16", remat="full"), world
+    )
     assert start.architecture == dataclasses.replace(sizes, compute_dtype="bfloat16", remat="full")
     assert load_start(ModelConfig("tiny_student", str(funnel.model("base"))), world).architecture == sizes
 
@@ -162,7 +178,9 @@ def test_first_layers_are_kept_exactly() -> None:
         after = flat(shorter)
         assert after.keys() == before.keys()
         for name, value in before.items():
-            np.testing.assert_array_equal(after[name], value[:layers] if name.startswith("layers.") else value)
+            np.testing.assert_array_equal(
+                after[name], value[:layers] if name.startswith("layers.") else value
+            )
         assert shorter.layers.q.get_metadata()["axes"] == ("layer", "embed", "heads", "head_dim")
     for layers in (0, 4, -1):
         with pytest.raises(ConfigError, match=rf"model\.layers is {layers}: the checkpoint has 3"):
@@ -194,10 +212,14 @@ def test_random_starts(funnel: Funnel, world: Dataset) -> None:
 
 def test_the_tokenizer_does_not_see_held_out_documents(world: Dataset) -> None:
     secret = dataclasses.replace(world.documents[0], fields={"title": "zyzzyva " * 30})
-    hidden = dataclasses.replace(world, documents=[secret, *world.documents[1:]], held_out=np.array([0], np.int32))
+    hidden = dataclasses.replace(
+        world, documents=[secret, *world.documents[1:]], held_out=np.array([0], np.int32)
+    )
     seen = dataclasses.replace(hidden, held_out=np.zeros(0, np.int32))
-    lengths = [len(jaxsearch.tasks.base.train_tokenizer(d, 600).encode(["zyzzyva"])[0]) for d in (hidden, seen)]
-    assert lengths[0] == 7 > lengths[1]
+    lengths = [
+        len(jaxsearch.tasks.base.train_tokenizer(d, 600).encode(["zyzzyva"])[0]) for d in (hidden, seen)
+    ]
+    assert lengths[0] >= 7 > lengths[1]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +241,9 @@ def test_starts_that_cannot_be(world: Dataset, changes: dict, words: str) -> Non
     assert words in str(caught.value)
 
 
-def test_more_layers_or_tokens_than_the_checkpoint_has(funnel: Funnel, world: Dataset, tmp_path: Path) -> None:
+def test_more_layers_or_tokens_than_the_checkpoint_has(
+    funnel: Funnel, world: Dataset, tmp_path: Path
+) -> None:
     base = str(funnel.model("base"))
     with pytest.raises(ConfigError, match=r"model\.layers is 3: the checkpoint has 2"):
         load_start(ModelConfig(init_from=base, layers=3), world)
@@ -258,7 +282,10 @@ def test_prefix_items_and_targets_belong_together(judge: JudgeTask, world: Datas
     batch = judge.batch(np.arange(4), rngs(0, 4))
     assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {4}
     prefixes = judge.room.prefixes(world.queries["train"])
-    parts = {tuple(part.ids + judge.room.suffix): row for row, part in enumerate(judge.room.documents(world.documents))}
+    parts = {
+        tuple(part.ids + judge.room.suffix): row
+        for row, part in enumerate(judge.room.documents(world.documents))
+    }
     for i in range(4):
         length = batch["prefix"].where[i].sum()
         assert batch["prefix"].tokens[i, :length].tolist() == prefixes[i]
@@ -301,7 +328,10 @@ def test_impressions_keep_their_positions(world: Dataset) -> None:
 
 def test_every_pair_part_fits_into_its_row(world: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first query has the shortest pair parts of all; a longer one must not stop the run later."""
-    queries = [dataclasses.replace(q, searcher={} if i == 0 else q.searcher) for i, q in enumerate(world.queries["train"])]
+    queries = [
+        dataclasses.replace(q, searcher={} if i == 0 else q.searcher)
+        for i, q in enumerate(world.queries["train"])
+    ]
     rich = [
         dataclasses.replace(d, numeric=d.numeric | {"company_ctr": 10.0**i, "age_days": 10.0**i})
         for i, d in enumerate(world.documents)
@@ -418,17 +448,23 @@ def test_judge_loss(world: Dataset) -> None:
 
 
 def test_relevance_teacher_loss_on_grades(world: Dataset) -> None:
-    task: RelevanceTeacherTask = build("relevance_teacher", "--task.candidates", "5", "--task.listwise-weight", "0.25")
+    task: RelevanceTeacherTask = build(
+        "relevance_teacher", "--task.candidates", "5", "--task.listwise-weight", "0.25"
+    )
     batch = task.batch(np.array([0, 1, 2]), rngs(0, 3))
     batch["target"][2, :4] = 0  # a list that nothing can be learnt of the order from
     logits = answers(task, batch)
     where, log_odds = batch["items"].where, logits[..., 0] - logits[..., 1]
     kl = binary(batch["target"][where], log_odds[where]).mean()
-    check_masked(task, batch, logits, {"kl": kl, "listwise": 0.25 * listwise(log_odds, batch["target"], where)})
+    check_masked(
+        task, batch, logits, {"kl": kl, "listwise": 0.25 * listwise(log_odds, batch["target"], where)}
+    )
     assert set(np.unique(batch["target"][:2, :4])) == {0, 0.75, 1}
 
 
-def write_store(folder: Path, data: Dataset, kind: str, columns: tuple[str, ...], score: Callable, **changes: Any) -> str:
+def write_store(
+    folder: Path, data: Dataset, kind: str, columns: tuple[str, ...], score: Callable, **changes: Any
+) -> str:
     """A store with score(query, row) for every pair (None: not scored)."""
     meta = StoreMeta("m", kind, data.name, data.fingerprint, columns, len(data.pairs), 0, shard=100)
     store = ScoreStore(folder, dataclasses.replace(meta, **changes))
@@ -459,14 +495,26 @@ def ranker_stores(world: Dataset, tmp_path: Path) -> list[str]:
         tmp_path / "r", world, "ranker", ("Yes", "No"), lambda q, row: None if row == 1 else (row / 4, q / 8)
     )
     engagement = write_store(
-        tmp_path / "e", world, "ranker", columns, lambda q, row: None if row == 2 else (9, 9, *(row / 5 - np.arange(5) / 3))
+        tmp_path / "e",
+        world,
+        "ranker",
+        columns,
+        lambda q, row: None if row == 2 else (9, 9, *(row / 5 - np.arange(5) / 3)),
     )
     return ["--task.relevance-scores", relevance, "--task.engagement-scores", engagement]
 
 
 def test_ranker_learns_from_each_teacher_what_that_teacher_scored(world: Dataset, tmp_path: Path) -> None:
     weights = (1.0, 2.0, 0.5, 0.0, 1.0)
-    options = ["--task.alpha", "0.25", "--task.listwise-weight", "2", "--task.candidates", "8", "--task.task-weights"]
+    options = [
+        "--task.alpha",
+        "0.25",
+        "--task.listwise-weight",
+        "2",
+        "--task.candidates",
+        "8",
+        "--task.task-weights",
+    ]
     task: RankerTask = build("ranker", *ranker_stores(world, tmp_path), *options, *map(str, weights))
     batch = task.batch(np.array([0, 4]), rngs(0, 2))
     logits = answers(task, batch)
@@ -501,13 +549,17 @@ def test_ranker_targets_are_the_teachers_probabilities(world: Dataset, tmp_path:
 
 
 def test_ranker_without_an_engagement_teacher(world: Dataset, tmp_path: Path) -> None:
-    task: RankerTask = build("ranker", *ranker_stores(world, tmp_path)[:2], "--task.alpha", "0.25", "--task.candidates", "8")
+    task: RankerTask = build(
+        "ranker", *ranker_stores(world, tmp_path)[:2], "--task.alpha", "0.25", "--task.candidates", "8"
+    )
     assert task.actions == ()
     batch = task.batch(np.array([0, 4]), rngs(0, 2))
     logits = answers(task, batch)
     where, log_odds = batch["items"].where, logits[..., 0] - logits[..., 1]
     kl = binary(batch["relevance"][where], log_odds[where]).mean()
-    check_masked(task, batch, logits, {"kl": kl, "listwise": 0.5 * listwise(log_odds, batch["relevance"], where)})
+    check_masked(
+        task, batch, logits, {"kl": kl, "listwise": 0.5 * listwise(log_odds, batch["relevance"], where)}
+    )
 
 
 def test_engagement_loss(world: Dataset) -> None:
@@ -530,7 +582,9 @@ def test_language_model_loss_counts_existing_tokens(funnel: Funnel, world: Datas
     total, weight = run(model, batch, jax.random.key(0)).terms()["loss"]
     assert int(weight) == text.where[:, 1:].sum() == text.where.sum() - len(text.where)
     wild = {"text": text._replace(tokens=np.where(text.where, text.tokens, 7))}
-    assert float(run(model, wild, jax.random.key(0)).terms()["loss"][0]) == pytest.approx(float(total), rel=1e-6)
+    assert float(run(model, wild, jax.random.key(0)).terms()["loss"][0]) == pytest.approx(
+        float(total), rel=1e-6
+    )
     assert 3 < float(total) / float(weight) < 8
 
 
@@ -619,7 +673,12 @@ def test_candidates_of_an_evaluation(world: Dataset) -> None:
     assert candidates[0][0] == 0  # BM25 finds the nurse in Austin
     assert all((rows >= 0).all() for rows in candidates)
     fixed = dataclasses.replace(world, rerank={f"dev{i}": np.array([i, 7]) for i in range(4)})
-    assert [rows.tolist() for rows in evaluation_lists(fixed, "dev", 9)[1]] == [[0, 7], [1, 7], [2, 7], [3, 7]]
+    assert [rows.tolist() for rows in evaluation_lists(fixed, "dev", 9)[1]] == [
+        [0, 7],
+        [1, 7],
+        [2, 7],
+        [3, 7],
+    ]
 
 
 def test_auroc_over_impressions(world: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -664,22 +723,42 @@ def test_a_scorer_is_made_once_and_takes_over_new_weights(world: Dataset) -> Non
     [
         ("judge", ["--task.candidates", "0"], "task.candidates is 0: use at least 1"),
         ("judge", ["--task.prompt.kind", "ranker"], "task.prompt.kind is 'ranker': this task needs 'judge'"),
-        ("judge", ["--task.prompt.chat", "qwen3"], "task.prompt: control token is '<|endoftext|>': this tokenizer has none"),
+        (
+            "judge",
+            ["--task.prompt.chat", "qwen3"],
+            "task.prompt: control token is '<|endoftext|>': this tokenizer has none",
+        ),
         ("judge", ["--task.prompt.max-query-tokens", "3"], "max_query_tokens is 3: shorten it"),
         ("base", ["--task.threshold", "5"], "task.threshold is 5: no training query"),
-        ("relevance_teacher", ["--task.label-form", "mood"], "task.label_form is 'mood': use one of expected_grade"),
+        (
+            "relevance_teacher",
+            ["--task.label-form", "mood"],
+            "task.label_form is 'mood': use one of expected_grade",
+        ),
         ("relevance_teacher", ["--task.labels", "nowhere"], "nowhere holds no score store"),
-        ("engagement_teacher", ["--task.task-weights", "1", "2"], "task.task_weights has 2 numbers: give one for each of click"),
+        (
+            "engagement_teacher",
+            ["--task.task-weights", "1", "2"],
+            "task.task_weights has 2 numbers: give one for each of click",
+        ),
         ("ranker", [], "task.relevance_scores is empty"),
         ("ranker", ["--task.alpha", "1.5"], "task.alpha is 1.5: give a number from 0"),
         ("ranker", ["--task.temperature", "0"], "task.temperature is 0.0: give a positive number"),
-        ("retriever", ["--task.threshold", "4"], "task.threshold is 4.0: no training query has a document above it"),
+        (
+            "retriever",
+            ["--task.threshold", "4"],
+            "task.threshold is 4.0: no training query has a document above it",
+        ),
         ("retriever", ["--task.positives", "0"], "task.positives is 0: use at least 1"),
         ("retriever", ["--task.negatives", "-1"], "task.negatives is -1"),
         ("retriever", ["--task.temperature", "0"], "task.temperature is 0.0"),
         ("retriever", ["--task.margin", "-1"], "task.margin is -1.0"),
         ("retriever", ["--task.info-nce-weight", "1.1"], "task.info_nce_weight is 1.1"),
-        ("retriever", ["--task.query-prompt.kind", "ranker"], "task.query_prompt.kind is 'ranker': this task needs 'query'"),
+        (
+            "retriever",
+            ["--task.query-prompt.kind", "ranker"],
+            "task.query_prompt.kind is 'ranker': this task needs 'query'",
+        ),
         ("retriever", ["--task.document-prompt.kind", "query"], "task.document_prompt.kind is 'query'"),
     ],
 )
@@ -692,14 +771,20 @@ def test_refused_before_training(world: Dataset, config: str, options: list[str]
 def test_a_data_set_without_impressions(world: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     data = dataclasses.replace(world, impressions={})
     monkeypatch.setattr(jaxsearch.tasks.base, "load_dataset", lambda name, folder: data)
-    with pytest.raises(ConfigError, match="data job_market:tiny has no impressions: an engagement teacher cannot"):
+    with pytest.raises(
+        ConfigError, match="data job_market:tiny has no impressions: an engagement teacher cannot"
+    ):
         build("engagement_teacher")
+    with pytest.raises(ConfigError, match=r"has no impressions: leave task\.engagement_scores empty"):
+        build("ranker", "--task.relevance-scores", "r", "--task.engagement-scores", "e")
 
 
 def test_stores_that_do_not_fit(world: Dataset, tmp_path: Path) -> None:
     judge = write_store(tmp_path / "j", world, "judge", JUDGE_LABELS, lambda q, row: np.zeros(5))
     short = write_store(tmp_path / "s", world, "ranker", ("Yes",), lambda q, row: np.zeros(1))
-    stale = write_store(tmp_path / "o", world, "judge", JUDGE_LABELS, lambda q, row: np.zeros(5), fingerprint="0" * 64)
+    stale = write_store(
+        tmp_path / "o", world, "judge", JUDGE_LABELS, lambda q, row: np.zeros(5), fingerprint="0" * 64
+    )
     with pytest.raises(ConfigError, match="holds scores of a judge, needed is a ranker's"):
         store_targets(judge, world, "ranker", ("Yes", "No"))
     with pytest.raises(ConfigError, match="has no scores for No: it holds Yes"):
@@ -710,7 +795,9 @@ def test_stores_that_do_not_fit(world: Dataset, tmp_path: Path) -> None:
 
 
 def test_a_store_of_all_queries_serves_the_first_ones_too(world: Dataset, tmp_path: Path) -> None:
-    labels = write_store(tmp_path, world, "judge", JUDGE_LABELS, lambda q, row: np.eye(5)[grades(q).get(row, 2)] * 20)
+    labels = write_store(
+        tmp_path, world, "judge", JUDGE_LABELS, lambda q, row: np.eye(5)[grades(q).get(row, 2)] * 20
+    )
     task = build("retriever", "--task.labels", labels, "--task.data.max-queries", "3")
     assert task.num_examples == 3
     assert open_data(DataConfig(max_queries=3)).fingerprint == world.fingerprint
@@ -719,8 +806,17 @@ def test_a_store_of_all_queries_serves_the_first_ones_too(world: Dataset, tmp_pa
     assert max(float(p.grades.max()) for p in task.examples) == pytest.approx(4, abs=1e-3)
 
 
-def test_the_command_prints_what_is_wrong(world: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--config", "configs/judge.py:tiny", "--workdir", str(tmp_path), "--task.model.init-from", "nowhere"]
+def test_the_command_prints_what_is_wrong(
+    world: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--config",
+        "configs/judge.py:tiny",
+        "--workdir",
+        str(tmp_path),
+        "--task.model.init-from",
+        "nowhere",
+    ]
     assert main(options) == 2
     assert "train.py: model.init_from is 'nowhere'" in capsys.readouterr().err
     assert main([*options[:4], "--task.prompt.style", "loud"]) == 2

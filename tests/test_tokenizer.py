@@ -26,7 +26,10 @@ def qwen_like() -> tokenizers.Tokenizer:
     """As Qwen3 declares them: the roles are special, the thinking and tool marks are not."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.pre_tokenizer, inner.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     for mark in MARKS:
         inner.add_tokens([AddedToken(mark, special=mark.startswith("<|"), normalized=False)])
     return inner
@@ -54,13 +57,19 @@ def test_digits_stand_alone_and_labels_are_whole_words(tiny: Tokenizer) -> None:
 
 
 def test_a_word_is_the_same_token_wherever_it_stands(tiny: Tokenizer) -> None:
-    (first,), (inside,), (padded,) = tiny.encode(["welder"]), tiny.encode(["Austin Welder"]), tiny.encode(["  welder"])
+    (first,), (inside,), (padded,) = (
+        tiny.encode(["welder"]),
+        tiny.encode(["Austin Welder"]),
+        tiny.encode(["  welder"]),
+    )
     assert first == padded == inside[-len(first) :]
 
 
 def test_controls_have_the_first_ids(tiny: Tokenizer) -> None:
     assert [tiny.control(token) for token in TINY_CONTROL] == [0, 1, 2, 3]
-    with pytest.raises(InputError, match=r"'<\|im_start\|>': this tokenizer has none; choose the chat format"):
+    with pytest.raises(
+        InputError, match=r"'<\|im_start\|>': this tokenizer has none; choose the chat format"
+    ):
         tiny.control("<|im_start|>")
 
 

@@ -254,7 +254,9 @@ class PromptRoom:
         if self.config.style == "short":
             # A number stands right behind its name: a space before a digit would be a token of its own.
             return "".join(
-                f" {feature.short}{value if value[0].isdigit() else ' ' + value}" for feature, value in written if value is not None
+                f" {feature.short}{value if value[0].isdigit() else ' ' + value}"
+                for feature, value in written
+                if value is not None
             )
         return "".join(
             f"\n{feature.full.capitalize()}: {value}" for feature, value in written if value is not None

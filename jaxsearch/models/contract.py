@@ -240,6 +240,9 @@ def _parse(values: Mapping[str, Any]) -> Contract:
         )
     if not isinstance(actions, list) or not all(isinstance(action, str) for action in actions):
         raise ValueError(f"actions are {actions!r}, not a list of names")
+    for name in ("calibrators", "training"):
+        if not isinstance(values[name], dict):
+            raise ValueError(f"{name} is {values[name]!r}, not an object")
     prompts = {name: _prompt(prompt) for name, prompt in values["prompts"].items()}
     for part, wanted in _PARTS.get(kind, {}).items():
         if part not in prompts or prompts[part].kind != wanted:

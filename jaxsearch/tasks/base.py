@@ -144,7 +144,9 @@ def train_tokenizer(data: Dataset, vocab_size: int) -> Tokenizer:
     ]
     texts += [" ".join([query.text, *query.searcher.values()]) for query in data.queries["train"]]
     # The words of pair features stand in every prompt, so that each should be one token.
-    texts += [" ".join(["", feature.short, feature.full, "True False"]) for feature in FEATURES.values()] * 200
+    texts += [
+        " ".join(["", feature.short, feature.full, "True False"]) for feature in FEATURES.values()
+    ] * 200
     return tokenizers.train(texts, vocab_size)
 
 

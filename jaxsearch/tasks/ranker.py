@@ -55,13 +55,15 @@ class RankerConfig(CrossEncoderConfig):
         """The task on its data.
 
         Raises:
-          ConfigError: no relevance scores, or task weights that do not fit the actions.
+          ConfigError: no relevance scores, engagement scores for data without impressions, or task weights that do not fit the actions.
         """
         data = open_data(self.data)
         if not self.relevance_scores:
             raise ConfigError(
                 "task.relevance_scores is empty: give the folder that the labelling job wrote for the relevance teacher"
             )
+        if self.engagement_scores and not data.actions:
+            raise ConfigError(f"data {self.data.name} has no impressions: leave task.engagement_scores empty")
         actions = data.actions if self.engagement_scores else ()
         if self.task_weights and len(self.task_weights) != len(actions):
             raise ConfigError(

@@ -62,7 +62,11 @@ def muon_dimensions(params: nnx.State) -> Any:
             return None
         width = (axes.index("embed"),)
         others = tuple(i for i in matrix if i not in width)
-        return MuonDimensionNumbers(others, width) if axes[-1] == "embed" else MuonDimensionNumbers(width, others)
+        return (
+            MuonDimensionNumbers(others, width)
+            if axes[-1] == "embed"
+            else MuonDimensionNumbers(width, others)
+        )
 
     return nnx.traversals.unflatten_mapping(
         {path: dimensions(variable) for path, variable in nnx.to_flat_state(params)}

@@ -1,6 +1,6 @@
 """The TFDS builder: one config per variant and table, such as `job_market/tiny_v1_documents`; no TensorFlow, no download.
 
-`tfds build jaxsearch/data/job_market --file_format=array_record`, or `load_tables`, which builds what is missing.
+`load_tables` builds what is missing. (The `tfds build` command would need TensorFlow, this Python interface does not.)
 """
 
 from collections.abc import Iterable, Iterator
