@@ -9,7 +9,6 @@ are empty.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -25,7 +24,7 @@ import jax
 import numpy as np
 
 from jaxsearch.config import load_config
-from jaxsearch.data.datasets import Dataset, load_dataset
+from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.records import Query, to_dict
 from jaxsearch.metrics import auroc, kappa
@@ -45,7 +44,7 @@ from jaxsearch.scoring.label import label
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
 from jaxsearch.serving.batch import RANKINGS, rank_file
 from jaxsearch.serving.bundle import Bundle, build_bundle, make_embedder, make_scorer
-from jaxsearch.tasks.base import ranking_metrics
+from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
 from jaxsearch.training.loop import run
 
 DEPTH = 30
@@ -382,8 +381,9 @@ def scann_recall(evaluation: Evaluation) -> dict[str, float]:
     return found
 
 
-def judge_kappa(data: Dataset, judge: Model, share: float, limit: int) -> float:
+def judge_kappa(data: Dataset, judge: Model, limit: int) -> float:
     """Linear-weighted kappa on training pairs that are no precedents of the judge."""
+    share = judge.contract.training["task"]["precedents"]
     pairs = data.pairs[round(share * len(data.pairs)) :][:limit]
     logits = make_scorer(judge, data.documents)(
         [data.queries["train"][p.query] for p in pairs], [p.documents for p in pairs]
@@ -428,12 +428,9 @@ def main() -> int:
         real,
     )
     with demo.stage("data"):
-        data = load_dataset(demo.dataset, demo.data_dir)
-        print(
-            f"{data.name}: {len(data.documents)} documents, { ({s: len(q) for s, q in data.queries.items()}) } queries"
-        )
-    if demo.max_queries:
-        data = dataclasses.replace(data, pairs=data.pairs[: demo.max_queries])
+        data = open_data(DataConfig(demo.dataset, demo.data_dir, max_queries=demo.max_queries))
+        sizes = {split: len(queries) for split, queries in data.queries.items()}
+        print(f"{data.name}: {len(data.documents)} documents, {sizes} queries")
 
     base = demo.train("base", "base.py:tiny")
     tokenizer = ["--task.model.tokenizer", str(workdir / "base" / "model")]
@@ -493,7 +490,7 @@ def main() -> int:
                 "recall@100": scann_recall(evaluation),
                 "kept": kept(splits[split]),
             }
-        agreement = judge_kappa(data, judge, 0.7, 300)
+        agreement = judge_kappa(data, judge, 300)
     with demo.stage("batch ranking"):
         shown = examples(
             data, bundle, list(data.queries[data.test_splits[0]])[: options.test_queries], workdir / "batch"
