@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from small_market import Funnel
 
     from jaxsearch.data.datasets import Dataset
+    from jaxsearch.serving.bundle import Bundle
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,6 +31,14 @@ def bundle_folder(funnel: "Funnel", tmp_path_factory: pytest.TempPathFactory) ->
     from small_market import build_small_bundle
 
     return build_small_bundle(funnel, tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_folder: Path) -> "Bundle":
+    """That bundle, opened."""
+    from jaxsearch.serving.bundle import Bundle
+
+    return Bundle.open(bundle_folder)
 
 
 @pytest.fixture

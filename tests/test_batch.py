@@ -27,11 +27,6 @@ def quickly() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def bundle(bundle_folder: Path) -> Bundle:
-    return Bundle.open(bundle_folder)
-
-
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "PART", 4)

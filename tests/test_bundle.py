@@ -26,11 +26,6 @@ def quickly() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def bundle(bundle_folder: Path) -> Bundle:
-    return Bundle.open(bundle_folder)
-
-
 @pytest.fixture
 def copy(bundle_folder: Path, tmp_path: Path) -> Path:
     """A bundle to tamper with."""
