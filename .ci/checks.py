@@ -21,6 +21,7 @@ def check_wheel(checkout: Path) -> None:
     onet = package / "data/onet_jobs"
     wanted = [
         package / "data/job_market/policy_jobs.md",
+        package / "data/job_market/policy_people.md",
         onet / "rerank/lists.json",
         onet / "rerank/lists.npz",
     ]

@@ -16,11 +16,13 @@ the data.
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from machine import describe
 
 from jaxsearch.retrieval.exhaustive import ExhaustiveIndex
 from jaxsearch.retrieval.index import IndexParams, ScannIndex, recall
@@ -114,8 +116,9 @@ def main() -> None:
     else:
         documents, queries = clustered(args.documents, args.queries, args.dims, args.latent, args.seed)
     name = args.name or (args.folder.name if args.folder else f"clustered, {args.latent} latent dimensions")
+    about = describe()
     for row in measure(documents, queries, args.k, args.threads, args.kind):
-        line = json.dumps({"data": name, **row})
+        line = json.dumps({"command": "python " + " ".join(sys.argv), "data": name, **row, "machine": about})
         print(line, flush=True)
         if args.jsonl:
             with args.jsonl.open("a") as file:

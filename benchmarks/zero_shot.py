@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import nnx
+from machine import matmul_gflops
 
 from jaxsearch.data.datasets import load_dataset
 from jaxsearch.data.prompts import PromptConfig
@@ -28,19 +28,6 @@ from jaxsearch.scoring.records import RANKER_LABELS, RecordScorer, relevance_log
 from jaxsearch.tasks.base import ranking_metrics
 
 RANDOM_ORDERS = 20
-
-
-def matmul_rate() -> float:
-    """Best fp32 matmul rate of this machine, FLOP/s (squares of 2048)."""
-    x = jax.random.normal(jax.random.key(0), (2048, 2048))
-    multiply = jax.jit(lambda a: a @ a)
-    multiply(x).block_until_ready()
-    best = np.inf
-    for _ in range(5):
-        started = time.perf_counter()
-        multiply(x).block_until_ready()
-        best = min(best, time.perf_counter() - started)
-    return 2 * 2048**3 / best
 
 
 def main() -> int:
@@ -92,7 +79,7 @@ def main() -> int:
         "bm25_ndcg@10": round(float(bm25.mean()), 4),
         "over_random": [round(float(x), 4) for x in (difference.mean, difference.low, difference.high)],
         "items_per_s": round(items / seconds, 2),
-        "matmul_gflops": round(matmul_rate() / 1e9, 1),
+        "matmul_gflops": round(matmul_gflops(), 1),
     }
     print(json.dumps(report, indent=1))
     if options.jsonl:

@@ -27,5 +27,5 @@ def _tiny(preset: str, steps: int) -> TrainConfig:
 def get_config(variant: str) -> TrainConfig:
     """Variants: tiny (teacher size), tiny_student."""
     return pick(
-        variant, {"tiny": lambda: _tiny("tiny", 260), "tiny_student": lambda: _tiny("tiny_student", 250)}
+        variant, {"tiny": lambda: _tiny("tiny", 240), "tiny_student": lambda: _tiny("tiny_student", 200)}
     )

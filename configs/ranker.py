@@ -21,8 +21,9 @@ def _tiny() -> TrainConfig:
             model=ModelConfig("tiny_student"),
             prompt=tiny_prompt("ranker", TINY_SERVED),
             candidates=16,
+            alpha=0.7,
         ),
-        steps=350,
+        steps=520,
         batch_size=32,
         optimizer=tiny_optimizer(),
     )

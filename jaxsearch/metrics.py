@@ -12,6 +12,7 @@ What holds for every ranking metric here:
 Axes: Q queries, L items per query, M judged documents per query.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -231,10 +232,7 @@ def kappa(
         ValueError: a grade is not among the labels, or shapes disagree.
     """
     one, two = _flat(first, second, where)
-    for name, values in (("first", one), ("second", two)):
-        unknown = values[~np.isin(values, labels)]
-        if unknown.size:
-            raise ValueError(f"{name} contains {unknown[0]}: grades are {', '.join(map(str, labels))}")
+    _check_labels(one, two, labels)
     if not one.size or (np.all(one == one[0]) and np.all(two == one[0])):
         return float("nan")
     return float(cohen_kappa_score(one.astype(int), two.astype(int), labels=labels, weights=weights))
@@ -290,6 +288,167 @@ def paired_bootstrap(
     interval = result.confidence_interval
     p = min(1.0, 2 * (tail + 1) / (samples + 1))
     return Difference(float(difference.mean()), float(interval.low), float(interval.high), p)
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95% interval; NaN for what cannot be said."""
+
+    value: float
+    low: float
+    high: float
+
+
+MIN_CLUSTERS = 10
+"""Queries below which no interval is given: a bootstrap of so few is narrower than the truth."""
+_MOST_UNDEFINED = 0.01
+"""Share of resamples without a value above which there is no interval."""
+
+
+def grade_tables(
+    first: ArrayLike, second: ArrayLike, clusters: ArrayLike, *, labels: tuple[int, ...] = GRADES
+) -> NDArray[np.int64]:
+    """How often two raters gave which grades, in each cluster (query) of pairs.
+
+    Args:
+        first: int [n], one rater's grades.
+        second: int [n], the other's.
+        clusters: [n], what a pair belongs to: numbers or names.
+        labels: the K grades there are, in order.
+
+    Returns:
+        [C, K, K], rows the first rater's grades, columns the second's; clusters in the order of `np.unique`.
+
+    Raises:
+        ValueError: a grade is not among the labels, or shapes disagree.
+    """
+    one, two, names = np.asarray(first), np.asarray(second), np.asarray(clusters)
+    if one.ndim != 1:
+        raise ValueError(f"first has shape {one.shape}: give one grade per pair, [n]")
+    _same_shape("second", two, one.shape)
+    _same_shape("clusters", names, one.shape)
+    _check_labels(one, two, labels)
+    found, cluster = np.unique(names, return_inverse=True)
+    size = len(labels)
+    cell = (cluster * size + _index(one, labels)) * size + _index(two, labels)
+    return np.bincount(cell, minlength=len(found) * size * size).reshape(-1, size, size)
+
+
+def table_kappa(tables: ArrayLike, weights: Literal["linear", "quadratic"] | None = "linear") -> Floats:
+    """Cohen's kappa of tables of counts: `kappa` for many at once.
+
+    Args:
+        tables: [..., K, K], how often the raters gave which grades.
+        weights: as in `kappa`.
+
+    Returns:
+        [...], NaN where a table is empty, or both raters gave one and the same grade throughout.
+
+    >>> print(table_kappa([[2, 1], [0, 3]]).round(4))
+    0.6667
+    """
+    counts = np.asarray(tables, np.float64)
+    apart = np.abs(np.subtract.outer(np.arange(counts.shape[-1]), np.arange(counts.shape[-1])))
+    cost = {None: np.sign(apart), "linear": apart, "quadratic": apart**2}[weights].astype(np.float64)
+    total = counts.sum((-2, -1))
+    seen = np.einsum("...ij,ij->...", counts, cost) * total
+    chance = np.einsum("...i,...j,ij->...", counts.sum(-1), counts.sum(-2), cost)
+    return 1 - _divide(seen, chance)
+
+
+def table_agreement(tables: ArrayLike, within: int = 0) -> Floats:
+    """Share of pairs whose grades are at most `within` apart.
+
+    Args:
+        tables: [..., K, K], how often the raters gave which grades.
+        within: 0 for exact agreement.
+
+    Returns:
+        [...], NaN where a table is empty.
+    """
+    counts = np.asarray(tables, np.float64)
+    apart = np.abs(np.subtract.outer(np.arange(counts.shape[-1]), np.arange(counts.shape[-1])))
+    return _divide(counts[..., apart <= within].sum(-1), counts.sum((-2, -1)))
+
+
+def resamples(clusters: int, samples: int, seed: int = 0) -> NDArray[np.int64]:
+    """A bootstrap over clusters: how often each is drawn, [samples, clusters]; every row sums to `clusters`."""
+    if clusters < 1 or samples < 1:
+        raise ValueError(f"clusters is {clusters}, samples is {samples}: give at least 1 of each")
+    rng = np.random.default_rng(seed)
+    return np.stack(
+        [np.bincount(rng.integers(clusters, size=clusters), minlength=clusters) for _ in range(samples)]
+    )
+
+
+def bootstrap_tables(
+    tables: ArrayLike,
+    statistic: Callable[[NDArray], Floats],
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    least: int = MIN_CLUSTERS,
+) -> Interval:
+    """A figure of all clusters together, with the percentile interval of a bootstrap over clusters.
+
+    Pairs of one query share its difficulties: they are drawn together, or the interval would be too narrow.
+
+    Args:
+        tables: [C, ...], one table of counts a cluster.
+        statistic: from summed tables [S, ...] to values [S], such as `table_kappa`.
+        samples: how many resamples.
+        seed: of the resampling.
+        least: clusters below which there is no interval.
+
+    Returns:
+        The figure; the interval is NaN for fewer than `least` clusters, where the figure is NaN, or where it has no
+        value in more than 1% of the resamples.
+    """
+    counts = np.asarray(tables, np.float64)
+    value = float(statistic(counts.sum(0)[None])[0])
+    if len(counts) < least or np.isnan(value):
+        return Interval(value, float("nan"), float("nan"))
+    flat = resamples(len(counts), samples, seed).astype(np.float64) @ counts.reshape(len(counts), -1)
+    return _interval(value, statistic(flat.reshape(samples, *counts.shape[1:])))
+
+
+def bootstrap_mean(
+    values: ArrayLike, *, samples: int = 1000, seed: int = 0, least: int = MIN_CLUSTERS
+) -> Interval:
+    """The mean over queries with its percentile interval.
+
+    Args:
+        values: [Q], NaN for a query without a value, which is left out.
+        samples: how many resamples.
+        seed: of the resampling.
+        least: queries with a value below which there is no interval.
+    """
+    found = np.asarray(values, np.float64)
+    found = found[~np.isnan(found)]
+    if not found.size:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    if found.size < least:
+        return Interval(float(found.mean()), float("nan"), float("nan"))
+    return _interval(float(found.mean()), resamples(found.size, samples, seed) @ found / found.size)
+
+
+def _interval(value: float, resampled: Floats) -> Interval:
+    if np.isnan(resampled).mean() > _MOST_UNDEFINED:
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
+
+
+def _index(grades: NDArray, labels: tuple[int, ...]) -> NDArray[np.intp]:
+    """Each grade's place in `labels`, whatever their order."""
+    order = np.argsort(labels)
+    return order[np.searchsorted(np.asarray(labels)[order], grades)]
+
+
+def _check_labels(first: NDArray, second: NDArray, labels: tuple[int, ...]) -> None:
+    for name, values in (("first", first), ("second", second)):
+        unknown = values[~np.isin(values, labels)]
+        if unknown.size:
+            raise ValueError(f"{name} contains {unknown[0]}: grades are {', '.join(map(str, labels))}")
 
 
 def _ranking(scores: ArrayLike, grades: ArrayLike, where: ArrayLike, k: int) -> tuple[Floats, Floats, Bools]:

@@ -28,7 +28,9 @@ def test_names_that_do_not_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert load_dataset(name) == load_dataset("onet_jobs") == "onet"
         return
     with pytest.raises(
-        InputError, match=r"use one of job_market:tiny, job_market:default, job_market:long, onet_jobs"
+        InputError,
+        match=r"use one of job_market:tiny, job_market:default, job_market:long, job_market:tiny_people, "
+        r"job_market:default_people, onet_jobs",
     ) as caught:
         load_dataset(name)
     assert repr(name) in str(caught.value)
@@ -40,12 +42,14 @@ def test_job_market_by_row(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> No
         for split, queries in data.queries.items()
         for i in range(4 if split == "test" else 0, 4 + len(queries))
     }
-    tables = Tables(
-        list(data.documents), {k: list(v) for k, v in data.queries.items()}, judgments, data.impressions
-    )  # type: ignore[arg-type]
+    queries = {split: list(items) for split, items in data.queries.items()}
+    queries |= {"calibration": [Query("c0", "nurse", bucket="title")], "golden": []}
+    judgments["c0"] = [Judgment("c0", "p3", 2, "Related work."), Judgment("c0", "p1", 4)]
+    judgments["train3"][0] = dataclasses.replace(judgments["train3"][0], rationale="Because.")
+    tables = Tables(list(data.documents), queries, judgments, data.impressions)  # type: ignore[arg-type]
     monkeypatch.setattr(datasets.job_market, "load_tables", lambda variant, folder: tables)
     found = load_dataset("job_market")
-    assert found.name == "job_market:default_v1".replace("v1", datasets.VERSION)
+    assert found.name == f"job_market:default_{datasets.job_market.VERSIONS['default']}"
     assert found.graded["train3"] == grades(3)
     for ours, theirs in zip(found.pairs, data.pairs, strict=True):
         assert ours.query == theirs.query
@@ -53,7 +57,34 @@ def test_job_market_by_row(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> No
         np.testing.assert_array_equal(ours.grades, theirs.grades)
     assert found.test_splits == ["test"]
     assert found.actions == ACTIONS["jobs"]
+    # Reasons stand beside the pairs, also where there are none.
+    reasoned = found.pairs[3]
+    assert reasoned.rationales == ("Because.", *[""] * (len(reasoned.documents) - 1))
+    (precedent,) = found.precedents("calibration")
+    assert (precedent.query, precedent.documents.tolist(), precedent.grades.tolist()) == (0, [3, 1], [2, 4])
+    assert precedent.rationales == ("Related work.", "")
+    assert found.precedents("golden") == []
+    with pytest.raises(InputError, match=r"precedents 'gold': job_market:.* has calibration, golden"):
+        found.precedents("gold")
+    with pytest.raises(InputError, match="precedents 'golden': small has none"):
+        data.precedents("golden")
     assert len(found.held_out) == 0
+
+
+def test_people_by_row(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [dataclasses.replace(document, vertical="people") for document in data.documents]
+    queries = {split: [] for split in ("train", "dev", "test", "calibration", "golden")}
+    asked: list[str] = []
+
+    def load(variant: str, folder: None) -> Tables:
+        asked.append(variant)
+        return Tables(members, queries, {}, {"q": []})
+
+    monkeypatch.setattr(datasets.job_market, "load_tables", load)
+    found = load_dataset("job_market:tiny_people")
+    assert asked == ["tiny_people"]
+    assert found.name == f"job_market:tiny_people_{datasets.job_market.VERSIONS['tiny_people']}"
+    assert found.actions == ACTIONS["people"]
 
 
 def test_known_pairs_are_graded_ones_then_shown_ones() -> None:
@@ -118,6 +149,11 @@ def test_the_fingerprint_is_of_names_texts_and_pairs(data: Dataset) -> None:
         dataclasses.replace(data, queries={**data.queries, "dev": []}),
         dataclasses.replace(data, graded={}),
         dataclasses.replace(data, pairs=[Pairs(p.query, p.documents, p.grades * 0) for p in data.pairs]),
+        dataclasses.replace(data, pairs=[dataclasses.replace(p, rationales=("x",)) for p in data.pairs]),
+        dataclasses.replace(
+            data,
+            queries={**data.queries, "train": [dataclasses.replace(query, bucket="title"), *others]},
+        ),
     ]
     assert {item.fingerprint for item in same} == {data.fingerprint}
 
@@ -132,4 +168,4 @@ def test_a_page_of_the_generator_becomes_pairs() -> None:
     page: list[Impression] = shown[query]
     pairs = _known_pairs(0, graded, [row[item.document_id] for item in page])
     assert len(pairs.documents) == len({*graded, *(row[item.document_id] for item in page)})
-    assert (pairs.grades >= 0).sum() == 16
+    assert (pairs.grades >= 0).sum() == len(judgments) == 15

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -11,25 +12,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from probes import alone
 
 from jaxsearch.data import job_market
 from jaxsearch.data.job_market import generator, job_market_dataset_builder, policy, templates
-from jaxsearch.data.job_market.generator import PAGE, VARIANTS, VERSION, JobMarket
-from jaxsearch.data.records import Impression, Judgment, Query, to_dict, unique_ids
+from jaxsearch.data.job_market.generator import PAGE, SPLITS, VARIANTS, VERSION, JobMarket
+from jaxsearch.data.records import BUCKETS, Impression, Judgment, Query, to_dict, unique_ids
 from jaxsearch.data.tokenizer import train
 
 PINNED = {
-    "documents": "847400d7fa454e0b8d851f4245cc88acbde80a1ff8479ec974cf62bce7f76943",
-    "queries": "a632193574e3d9243c03f6bc460897aed4b9a6eb931221ecf4c90d56159cd939",
-    "judgments": "012cc8c7cc9e781801243c84c282700a30a66c33ab235c74b4d84d4a4bcd1ed3",
-    "impressions": "fa6c90ef9d721f60d21211ca8ef6ca006864de3c40292e7af2befb187be96d84",
+    "documents": "63801387dd69c4238f7de728b96a82ae7fbb657b8f12fd7493d408b32e9e3054",
+    "queries": "91c8c2d3e149c25e525243d3aaf266d425f909295150750f1ed39634c338d012",
+    "judgments": "37a6613502499edc363f61ed89942d08d3bbec096bf173e974885426d27d4d5a",
+    "impressions": "201f17d600c7f74bb40ac30fe227463fa692e5b0cc274ca9ab2052c9010e67e9",
 }
 """SHA-256 of the tables of `tiny` (training judgments and impressions: the first 100 searches). Where these change, so must
 `generator.VERSION`: models and figures made on one version say nothing of another."""
 SAMPLE = 100
 
 
-SPLITS = ("train", "dev", "test")
+LIVE = ("train", "dev", "test")
+PRECEDENTS = ("calibration", "golden")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def tiny() -> Tiny:
         market,
         queries,
         {split: market.judgments(split) for split in SPLITS},
-        {split: market.impressions(split) for split in SPLITS},
+        {split: market.impressions(split) for split in LIVE},
     )
 
 
@@ -93,6 +96,7 @@ def test_variants_and_seeds_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 POLICY = resources.files("jaxsearch.data.job_market").joinpath("policy_jobs.md").read_text("utf-8")
 JOBS = {"nurse practitioner": 0, "web developer": 1, "accountant": 2, "pastry chef": 3}
+COMPANIES = ("Alder Works", "Delta Labs", "Cobalt Union")
 TIERS = 4 * np.eye(4, dtype=np.int64)
 
 
@@ -109,26 +113,28 @@ def parse_search(text: str) -> policy.Need:
         return next((i for i, option in enumerate(options) if option.lower() in text.lower().split()), None)
 
     occupation = next(i for name, i in JOBS.items() if name in text.lower())
-    skill = re.search(r"with (\w+)", text)
+    skill, company = re.search(r"with (\w+)", text), re.search(r"at (\w+ \w+)", text)
     return policy.Need(
         occupation,
         find(policy.LEVELS),
         find(templates.CITIES),
         find(policy.WORKPLACES),
         skill[1] if skill else None,
+        COMPANIES.index(company[1]) if company else None,
     )
 
 
 def parse_posting(text: str) -> policy.Postings:
     title, city, workplace, *rest = text.split(", ")
     level = next(i for i, name in enumerate(policy.LEVELS) if title.lower().startswith(name))
-    skills = [item.removeprefix("skills: ") for item in rest]
+    named = dict(item.split(": ") for item in rest)
     return policy.Postings(
         np.array([next(i for name, i in JOBS.items() if name in title.lower())]),
         np.array([level]),
         np.array([templates.CITIES.index(city)]),
         np.array([policy.WORKPLACES.index(workplace)]),
-        (frozenset(skills),),
+        (frozenset([named.get("skills", "")]),),
+        np.array([COMPANIES.index(named.get("company", "Cobalt Union"))]),
     )
 
 
@@ -141,15 +147,17 @@ def test_worked_examples_of_the_written_policy(search: str, posting: str, grade:
 
 
 def test_there_are_worked_examples_and_both_texts_name_the_same_words() -> None:
-    assert len(worked_examples()) == 7
+    assert len(worked_examples()) == 10
     for words in (policy.LEVELS, policy.WORKPLACES):
         assert f"({', '.join(words)})" in POLICY
-    assert "version 1" in POLICY
+    assert "version 2" in POLICY
 
 
 def postings(**columns: list[int]) -> policy.Postings:
     rows = len(next(iter(columns.values())))
-    values = {name: np.zeros(rows, np.int64) for name in ("occupation", "level", "city", "workplace")}
+    values = {
+        name: np.zeros(rows, np.int64) for name in ("occupation", "level", "city", "workplace", "company")
+    }
     values |= {name: np.array(column) for name, column in columns.items()}
     return policy.Postings(**values, skills=(frozenset({"SAP"}),) * rows)  # type: ignore[arg-type]
 
@@ -169,6 +177,8 @@ def test_policy_by_hand() -> None:
     assert grades(work, level=3) == [2, 1, 0, 0, 0]  # three steps take off 2, as two do
     assert grades(work, city=1) == [1, 1, 1, 1, 0]
     assert grades(work, workplace=2, skill="Excel", level=3) == [1, 0, 0, 0, 0]
+    assert grades(postings(company=[2, 1, 1], level=[0, 0, 2]), company=1, level=0) == [2, 4, 2]
+    assert grades(postings(company=[2, 1], city=[0, 0]), company=1, city=1) == [1, 1]
     assert grades(postings(level=[0, 1, 2, 3]), level=1) == [3, 4, 3, 2]
     assert grades(postings(city=[0, 1, 1], workplace=[1, 0, 1]), city=1, workplace=1) == [1, 1, 4]
 
@@ -177,13 +187,14 @@ def test_policy_by_hand() -> None:
 
 
 def test_records_are_valid_and_ids_unique(tiny: Tiny) -> None:
-    every = [query for split in SPLITS for query in tiny.queries[split]]
+    every = [query for split in LIVE for query in tiny.queries[split]]
     documents = tiny.market.documents
     assert (len(documents), len(every)) == (1_200, 5_600)
     for record in (*documents, *every):
         record.validate()
     unique_ids(documents)
-    unique_ids(every)
+    unique_ids([query for split in SPLITS for query in tiny.queries[split]])
+    assert {split: len(tiny.queries[split]) for split in PRECEDENTS} == {"calibration": 160, "golden": 240}
     shares = [len(tiny.queries["dev"]) / 5_600, len(tiny.queries["test"]) / 5_600]
     np.testing.assert_allclose(shares, [0.06, 0.14], atol=0.015)
 
@@ -213,7 +224,7 @@ def test_every_tier_and_every_grade_occurs(tiny: Tiny) -> None:
 
 
 def test_judgments_follow_the_policy(tiny: Tiny) -> None:
-    for split in ("train", "dev"):
+    for split in ("train", "dev", *PRECEDENTS):
         for query, judged in list(tiny.judgments[split].items())[:40]:
             row = tiny.market.grade_row(int(query[1:]))
             rows = [int(judgment.document_id[1:]) for judgment in judged]
@@ -222,11 +233,35 @@ def test_judgments_follow_the_policy(tiny: Tiny) -> None:
             if split == "dev":
                 assert rows == np.flatnonzero(row).tolist()  # complete above 0
             else:
-                assert len(rows) == tiny.market.market.judged
-                assert 4 <= (row[rows] == 0).sum() < 16
+                good = (row[rows] > 2).sum()  # one to two others: a search does not tell how many there are
+                assert len(rows) == 3 * good
+                assert 0 < good <= tiny.market.market.good
             for judgment in judged:
                 judgment.validate()
                 assert judgment.rationale.endswith(".")
+
+
+def test_a_document_or_a_query_alone_predicts_nothing() -> None:
+    market = JobMarket("tiny")
+    for found in alone(market.documents, market.queries["train"], market.judgments("train")).values():
+        assert abs(found - 0.5) < 0.02  # about four standard errors
+
+
+def test_a_variation_can_be_varied_back(tiny: Tiny) -> None:
+    market, rng = tiny.market, generator.random.Random(0)
+    need = policy.Need(3, level=1, city=2, skill=market.technologies[3][0])
+    count = Counter(market._variation(rng, need) for _ in range(6_000))
+    assert all(
+        (other.level is None, other.city is None, other.skill is None) == (False,) * 3 for other in count
+    )
+    assert all(other.workplace is other.company is None for other in count)
+    # The way back is as likely as the way there, here for another city and for another occupation.
+    near = dataclasses.replace(need, city=5)
+    far = next(other for other in count if other.occupation == market._near[3][0] and other.city == 2)
+    for other, tolerance in ((near, 0.3), (far, 0.6)):
+        back = Counter(market._variation(rng, other) for _ in range(6_000))[need]
+        assert back > 0
+        assert abs(count[other] - back) < tolerance * max(count[other], back) + 10
 
 
 def test_searches_say_what_they_need(tiny: Tiny) -> None:
@@ -242,6 +277,7 @@ def test_searches_say_what_they_need(tiny: Tiny) -> None:
         ):
             assert value is None or names[value].lower() in text
         assert need.skill is None or need.skill.lower() in text
+        assert need.company is None or market.companies[need.company].lower() in text
         assert query.searcher["location"] == market.cities[search.home]
 
 
@@ -333,7 +369,8 @@ def test_read_through_tfds_equals_generated(
         (tables.judgments, small_generator.judgments),
         (tables.impressions, small_generator.impressions),
     ):
-        assert found == {key: rows for split in SPLITS for key, rows in table(split).items()}
+        splits = SPLITS if table == small_generator.judgments else LIVE
+        assert found == {key: rows for split in splits for key, rows in table(split).items()}
     assert f"tiny_{VERSION}_documents" in {
         path.name for path in tmp_path.rglob("*")
     }  # the version is in the name
@@ -353,12 +390,19 @@ def test_templates() -> None:
         city="Austin",
         workplace="remote",
         skill="SAP",
+        company=None,
         draw=lambda: next(draws),
     )
     assert text == "senior Web Developer SAP Austin remote"
-    assert templates.search_text(
-        "Web Developer", level=None, city=None, workplace=None, skill=None, draw=lambda: 0.1
-    ) == "web developer"  # fmt: skip
+    nothing = {"level": None, "city": None, "workplace": None, "skill": None}
+    written = templates.search_text("Web Developer", **nothing, company="Delta Labs", draw=lambda: 0.1)
+    assert written == "web developer at delta labs"
+    told = templates.need_text("Web Developer", **nothing, company="Delta Labs", draw=lambda: 0.1)
+    assert told == "I am looking for work as Web Developer at Delta Labs"
+    told = templates.need_text(
+        "Nurse", level="lead", city="Austin", workplace="onsite", skill="SAP", company=None, draw=lambda: 0.9
+    )
+    assert told == "my next job should be lead Nurse in Austin, onsite, I know SAP"
     assert templates.with_level("Nurse", "mid-level") == "Mid-level Nurse"
     assert templates.description(0, lambda: 0.5, {"skills": []}) == ""
     facts = {"title": "Nurse", "company": "A", "city": "B", "skills": ("Excel",)}
@@ -378,3 +422,25 @@ def test_draws() -> None:
     picks = [generator._weighted(rng, (0, 3, 1)) for _ in range(400)]
     assert 0 not in picks
     assert 250 < picks.count(1) < 350
+    normal = np.array([generator._normal(rng) for _ in range(4_000)])
+    assert abs(normal.mean()) < 0.06
+    assert abs(normal.std() - 1) < 0.05
+    assert 0.03 < (np.abs(normal) > 2).mean() < 0.06
+
+
+def test_buckets(tiny: Tiny) -> None:
+    searches = tiny.market._searches
+    every = [query for split in SPLITS for query in tiny.queries[split]]
+    count = Counter(query.bucket for query in every)
+    assert set(count) == set(BUCKETS) - {"name"}
+    assert all(share > 0.07 * len(every) for share in count.values())
+    for query in every[:200]:
+        need = searches[int(query.id[1:])].need
+        assert (query.bucket == "title_company") <= (need.company is not None)
+        assert (query.bucket == "title_skill") <= (need.skill is not None)
+        if query.bucket == "title":
+            assert {need.company, need.skill, need.city, need.workplace} == {None}
+    # Whoever asks for a company of the work's own finds one that is hiring.
+    for search in searches:
+        if search.need.company is not None:
+            assert search.need.company in tiny.market._hiring[search.need.occupation]

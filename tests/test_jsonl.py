@@ -1,6 +1,7 @@
 """JSON lines of records: every bad line named, files whole or not at all."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,12 @@ GOOD = b'{"id": "a", "text": "x"}'
         (b'{"id": "a", "text": "x", "grade": 1}', "Query.grade"),
         (b"[1]", "give a JSON object"),
         (b'\xff{"id": "a"}', "not UTF-8"),
-        (b"[" * 100_000, "recursion"),
+        (b"[" * 100_000, "nested too deeply"),
         (b'{"id": "a", "text": "\\ud800"}', "half a character"),
         (b'{"id": "a", "text": "x", "searcher": {"n": ' + b"9" * 5_000 + b"}}", "digits"),
         (b'{"id": "a", "text": "x", "searcher": NaN}', "Query.searcher is nan"),
+        (b'{"id": "a", "text": "x", "id": "b"}', "id: this key occurs twice"),
+        (b'{"id": "a", "text": "x", "\\ud800\\u001b": 1}', r"Query.\ud800\x1b is 1"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: bytes, words: str) -> None:
@@ -56,11 +59,46 @@ def test_at_most_ten_bad_lines_are_shown_and_all_counted(tmp_path: Path) -> None
     assert len(str(caught.value).splitlines()) == 11
 
 
-def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
     (tmp_path / "q.jsonl").write_bytes(GOOD.ljust(99) + b"\n" + b"x" * 1000 + b"\n" + b"nope\n")
-    with pytest.raises(RecordError, match=r"q\.jsonl:2: longer than 100 bytes$"):
+    with pytest.raises(RecordError, match="2 bad lines") as caught:
         read_records(tmp_path / "q.jsonl", Query)
+    _, second, third = str(caught.value).splitlines()
+    assert "q.jsonl:2: the line has 1,001 bytes: longer than 100 bytes: xxx" in second
+    assert "q.jsonl:3: not JSON" in third
+
+
+@pytest.mark.parametrize("size", [99, 100, 101, 199, 200, 201, 1000])
+def test_lines_of_every_length_end_where_they_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Sizes without the line end; limit and pieces fall on, before and after it."""
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(jsonl, "_SKIP_BYTES", 50)
+    (tmp_path / "q.jsonl").write_bytes(GOOD.ljust(size) + b"\n" + GOOD)
+    rows = list(jsonl.read_rows(tmp_path / "q.jsonl"))
+    assert [number for number, _ in rows] == [1, 2]
+    assert isinstance(rows[0][1], jsonl.BadRow) == (size >= 100)
+    assert rows[1][1] == json.loads(GOOD)
+
+
+def test_a_long_line_is_not_held(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_bytes(b"x" * 20_000_000 + b"\n" + GOOD)
+    tracemalloc.start()
+    rows = list(jsonl.read_rows(tmp_path / "q.jsonl"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * jsonl.MAX_LINE_BYTES
+    assert rows[1] == (2, json.loads(GOOD))
+
+
+def test_byte_order_mark_and_truncation(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD[:-3])
+    (_, first), (number, last) = jsonl.read_rows(tmp_path / "q.jsonl")
+    assert first == json.loads(GOOD)
+    assert (number, last.code) == (2, "cut off")
+    assert "the file ends within this line" in last.reason
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,131 @@ def test_kappa_by_hand():
         metrics.kappa([1], [9], where=[True])
 
 
+def graded_clusters(seed=0, queries=30):
+    """Two raters' grades, often one apart, and the query of each pair: 1 to 6 pairs a query."""
+    rng = np.random.default_rng(seed)
+    clusters = np.repeat(np.arange(queries), rng.integers(1, 7, queries))
+    first = rng.integers(0, 5, len(clusters))
+    second = np.clip(first + rng.integers(-1, 2, len(clusters)), 0, 4)
+    return first, second, clusters
+
+
+def test_table_kappa_by_hand():
+    # Rows sum to 3 and 3, columns to 2 and 4: seen 1/6, by chance (3*4 + 3*2)/36 = 1/2.
+    table = np.array([[2, 1], [0, 3]])
+    assert metrics.table_kappa(table, None) == pytest.approx(1 - (1 / 6) / (1 / 2))
+    # Of 4 pairs one is 2 apart (cost 2; squared 4). Chance: rows 2, 0, 2 against columns 1, 0, 3, cost 2 off the diagonal.
+    wide = np.array([[1, 0, 1], [0, 0, 0], [0, 0, 2]])
+    assert metrics.table_kappa(wide) == pytest.approx(1 - (2 / 4) / (2 * (2 * 3 + 2 * 1) / 16))
+    assert metrics.table_kappa(wide, "quadratic") == pytest.approx(1 - (4 / 4) / (4 * (2 * 3 + 2 * 1) / 16))
+    assert metrics.table_agreement(wide) == 0.75
+    assert metrics.table_agreement(wide, 2) == 1
+    single, none = np.diag([0, 9, 0]), np.zeros((3, 3))
+    np.testing.assert_array_equal(metrics.table_kappa([single, none]), [np.nan, np.nan])
+    np.testing.assert_array_equal(metrics.table_agreement([single, none]), [1, np.nan])
+    assert metrics.table_kappa([[0, 5], [0, 0]]) == 0
+
+
+def test_grade_tables_by_hand():
+    tables = metrics.grade_tables([0, 4, 4, 2], [0, 3, 4, 0], ["b", "a", "b", "b"])
+    assert tables.shape == (2, 5, 5)
+    expected = np.zeros((2, 5, 5), int)
+    for cluster, i, j in ((1, 0, 0), (0, 4, 3), (1, 4, 4), (1, 2, 0)):
+        expected[cluster, i, j] += 1
+    np.testing.assert_array_equal(tables, expected)
+    assert metrics.grade_tables([], [], []).shape == (0, 5, 5)
+    with pytest.raises(ValueError, match="second contains 5"):
+        metrics.grade_tables([1], [5], [0])
+    with pytest.raises(ValueError, match=r"clusters has shape \(1,\)"):
+        metrics.grade_tables([1, 1], [2, 2], [0])
+
+
+@pytest.mark.parametrize("weights", ["linear", "quadratic", None])
+def test_the_bootstrap_of_tables_is_kappa_of_the_resampled_pairs(weights):
+    first, second, clusters = graded_clusters()
+    tables = metrics.grade_tables(first, second, clusters)
+    drawn = metrics.resamples(len(tables), 40, seed=3)
+    np.testing.assert_array_equal(drawn.sum(1), len(tables))
+    expected = []
+    for times in drawn:
+        pairs = np.repeat(np.arange(len(first)), times[clusters])
+        one, two = first[pairs], second[pairs]
+        expected.append(metrics.kappa(one, two, where=np.ones(len(pairs), bool), weights=weights))
+    found = metrics.table_kappa(np.einsum("sc,cij->sij", drawn, tables), weights)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert found.std() > 0.01
+    interval = metrics.bootstrap_tables(
+        tables, lambda counts: metrics.table_kappa(counts, weights), samples=40, seed=3
+    )
+    np.testing.assert_allclose([interval.low, interval.high], np.quantile(expected, [0.025, 0.975]))
+    whole = metrics.kappa(first, second, where=np.ones(len(first), bool), weights=weights)
+    assert interval.value == pytest.approx(whole)
+
+
+def test_the_interval_of_kappa_covers_the_truth():
+    """Judges that are right in a share of queries that differs from query to query; the truth is the kappa of very many."""
+
+    def tables(queries, rng):
+        clusters = np.repeat(np.arange(queries), 8)
+        right = rng.random(len(clusters)) < np.repeat(rng.choice([0.3, 0.95], queries), 8)
+        first = rng.integers(0, 5, len(clusters))
+        return metrics.grade_tables(
+            first, np.where(right, first, rng.integers(0, 5, len(clusters))), clusters
+        )
+
+    # Where it is wrong the judge guesses from the same uniform grades: kappa is the share it knows.
+    truth = (0.3 + 0.95) / 2
+    assert metrics.table_kappa(tables(100_000, np.random.default_rng(0)).sum(0)) == pytest.approx(
+        truth, abs=0.005
+    )
+    rng = np.random.default_rng(1)
+    covered = pairwise = 0
+    for _ in range(200):
+        found = tables(60, rng)
+        interval = metrics.bootstrap_tables(found, metrics.table_kappa, samples=200)
+        covered += interval.low <= truth <= interval.high
+        pairs = np.repeat(np.eye(25), found.sum(0).ravel(), axis=0).reshape(-1, 5, 5)
+        naive = metrics.bootstrap_tables(pairs, metrics.table_kappa, samples=50)
+        pairwise += naive.low <= truth <= naive.high
+    assert 0.90 <= covered / 200 <= 0.99
+    assert pairwise < covered  # pairs drawn singly are more sure than they may be
+
+
+def test_no_interval_where_none_can_be_said():
+    first, second, clusters = graded_clusters(queries=9)
+    few = metrics.bootstrap_tables(metrics.grade_tables(first, second, clusters), metrics.table_kappa)
+    assert few.value == pytest.approx(metrics.kappa(first, second, where=np.ones(len(first), bool)))
+    assert math.isnan(few.low)
+    assert math.isnan(few.high)
+    same = metrics.grade_tables([3] * 20, [3] * 20, np.arange(20))
+    assert all(math.isnan(x) for x in metrics.bootstrap_tables(same, metrics.table_kappa))
+    assert metrics.bootstrap_tables(same, metrics.table_agreement) == (1, 1, 1)
+    empty = metrics.bootstrap_tables(np.zeros((0, 5, 5)), metrics.table_kappa)
+    assert all(math.isnan(x) for x in empty)
+    # One pair alone holds another grade: a third of the resamples lack it, and have no kappa.
+    lone = metrics.bootstrap_tables(
+        metrics.grade_tables([3] * 19 + [1], [3] * 20, np.arange(20)), metrics.table_kappa
+    )
+    assert lone.value == 0
+    assert math.isnan(lone.low)
+    with pytest.raises(ValueError, match="clusters is 0"):
+        metrics.resamples(0, 5)
+
+
+def test_bootstrap_mean():
+    values = np.random.default_rng(0).normal(0.5, 0.1, 400)
+    found = metrics.bootstrap_mean(np.append(values, np.nan), samples=2000)
+    half = 1.96 * values.std() / 20
+    assert found.value == pytest.approx(values.mean())
+    np.testing.assert_allclose(
+        [found.low, found.high], [values.mean() - half, values.mean() + half], atol=1e-3
+    )
+    few = metrics.bootstrap_mean([1.0, np.nan, 2.0])
+    assert few.value == 1.5
+    assert math.isnan(few.low)
+    assert all(math.isnan(x) for x in metrics.bootstrap_mean([np.nan]))
+
+
 def test_paired_bootstrap():
     rng = np.random.default_rng(0)
     base = rng.random(400)

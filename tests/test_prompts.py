@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from jaxsearch.data import prompts as prompts_module
 from jaxsearch.data.prompts import FEATURES, FORMATS, KINDS, Control, PromptConfig, PromptRoom
 from jaxsearch.data.records import Document, Query
 from jaxsearch.data.tokenizer import LABELS, Tokenizer, train
@@ -126,10 +127,28 @@ def test_verticals_have_their_own_words_and_filters_are_told() -> None:
     assert "a job posting is" in spell(jobs)
     assert "a member profile is" in spell(other)
     assert spell(other).endswith("Search: nurse in Austin\nRequired work place: remote\n")
-    with pytest.raises(
-        InputError, match=r"vertical is 'people': there is no grading policy policy_people\.md"
-    ):
-        room("judge").prefixes([people])
+    text = spell(room("judge").prefixes([people])[0])
+    assert (
+        resources.files("jaxsearch.data.job_market").joinpath("policy_people.md").read_text("utf-8") in text
+    )
+    with pytest.raises(InputError, match=r"vertical is 'birds': there is no grading policy policy_birds\.md"):
+        prompts_module._policy("birds")
+
+
+def test_people_are_told_how_near_and_how_active_they_are() -> None:
+    prompts = room("ranker", features=tuple(FEATURES))
+    searcher = {"headline": "Nurse", "location": "Boston", "connections": "m1 m2"}
+    query = Query("q", "nurse", "people", searcher=searcher)
+    member = Document(
+        "m9", {"headline": "Nurse"}, "people", attributes={"city": "Austin", "connections": "m2 m3"},
+        numeric={"connect_rate": 0.256, "active_days": 3.0},
+    )  # fmt: skip
+    assert prompts.pair_text(query, member, 4) == (
+        "\nPosition on the page: 4\nIn the searcher's city: False\nNetwork distance: 2\nMutual connections: 1"
+        "\nConnect rate: 0.26\nDays since active: 3"
+    )
+    assert "m1" not in spell(prompts.prefixes([query])[0])
+    assert "m2" not in spell(prompts.documents([member])[0].ids)
 
 
 WILD = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(

@@ -61,6 +61,11 @@ def test_label(
         "--per-query",
         "1",
     ]
+    # Nobody measured this judge against precedents: it may not label unless it is told that nothing is asked.
+    assert main([*options, "--output", str(tmp_path / "store")]) == 2
+    assert "measure the judge with" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+    options += ["--minimum-kappa", "-1"]
     assert main([*options, "--output", str(tmp_path / "store")]) == 0
     assert "12 pairs scored" in capsys.readouterr().out
     assert len(read_scores(tmp_path / "store", funnel.data.fingerprint)[1]) == 12

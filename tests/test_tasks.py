@@ -440,7 +440,7 @@ def test_judge_loss(world: Dataset) -> None:
     where = batch["items"].where
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -(np.where(where[..., None], batch["grade"], 0) * log_p).sum() / where.sum()
-    check_masked(task, batch, logits, {"loss": expected})
+    check_masked(task, batch, logits, {"grade": expected})
     right = (logits.argmax(-1) == np.nan_to_num(batch["grade"]).argmax(-1)) & where
     total, weight = task.loss(jnp.asarray(logits), batch, jax.random.key(0)).metrics["accuracy"]
     assert (int(total), int(weight)) == (right.sum(), 8)

@@ -1,36 +1,41 @@
 """Data sets by name, in memory: documents, queries by split, graded pairs, impressions, fixed rerank lists.
 
-`load_dataset("job_market:tiny")` generates what is missing; `load_dataset("onet_jobs")` reads an O*NET release (`ONET_DIR`).
+`load_dataset("job_market:tiny")` (jobs) and `load_dataset("job_market:tiny_people")` generate what is missing;
+`load_dataset("onet_jobs")` reads an O*NET release (`ONET_DIR`).
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from jaxsearch.data import job_market, onet_jobs
-from jaxsearch.data.job_market.generator import VARIANTS, VERSION
-from jaxsearch.data.records import ACTIONS, Document, Impression, Query, to_dict
+from jaxsearch.data.records import ACTIONS, VERTICALS, Document, Impression, Judgment, Query, to_dict
+from jaxsearch.data.user_data import load_folder, to_dataset
 from jaxsearch.errors import InputError
 
+PRECEDENT_QUERIES = 200
+"""Queries of each split of precedents where the data set brings no precedents of its own."""
 PAIRS_PER_QUERY = 16
 """Candidates that a training query is given where the data set brings none."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One training query with its candidates: what judge and teachers label and students learn on."""
+    """One query with its candidates: of a training query, what judge and teachers label and students learn on; or of a precedent."""
 
     query: int
-    """Row of the query in `Dataset.queries[split]`."""
+    """Row of the query in `Dataset.queries[split]`, of the split that the pairs are of."""
     documents: np.ndarray
     """int32 [L], rows of `Dataset.documents`."""
     grades: np.ndarray
     """int32 [L], 0 to 4; -1 where nobody graded the pair."""
+    rationales: tuple[str, ...] = ()
+    """[L], why the grade is what it is, "" where nobody said; empty where the data set has no reasons at all."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Dataset:
     name: str
     documents: Sequence[Document]
     queries: Mapping[str, Sequence[Query]]
-    """By split: "train", "dev", and one or more test splits."""
+    """By split: "train", "dev", one or more test splits, and the splits of precedents where there are some."""
     graded: Mapping[str, Mapping[int, int]]
     """Query id -> document row -> grade. For dev and test anything not listed is grade 0."""
     pairs: Sequence[Pairs]
@@ -51,6 +56,8 @@ class Dataset:
     """Rows of documents that training must not see."""
     rerank: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Query id -> fixed candidates (rows); empty where lists are made by the run itself."""
+    precedent_pairs: Mapping[str, Sequence[Pairs]] = field(default_factory=dict)
+    """Split ("calibration", "golden") -> graded pairs that judges are measured by and never learn from. See `precedents`."""
 
     @property
     def test_splits(self) -> list[str]:
@@ -61,6 +68,17 @@ class Dataset:
     def actions(self) -> tuple[str, ...]:
         """Actions that the impressions tell of; none without impressions."""
         return ACTIONS[self.documents[0].vertical] if self.impressions else ()
+
+    def precedents(self, split: str) -> Sequence[Pairs]:
+        """The precedents of a split: every pair graded, with its rationale.
+
+        Raises:
+          InputError: the data set has no such precedents.
+        """
+        if split not in self.precedent_pairs:
+            known = ", ".join(self.precedent_pairs) or "none"
+            raise InputError(f"precedents {split!r}: {self.name} has {known}")
+        return self.precedent_pairs[split]
 
     @cached_property
     def document_row(self) -> dict[str, int]:
@@ -73,7 +91,9 @@ class Dataset:
         digest = hashlib.sha256(self.name.encode())
         records: tuple[Document | Query, ...] = (*self.documents, *self.queries["train"])
         for record in records:
-            digest.update(json.dumps(to_dict(record), sort_keys=True).encode())
+            values = to_dict(record)
+            values.pop("bucket", None)  # no model sees it
+            digest.update(json.dumps(values, sort_keys=True).encode())
         for pairs in self.pairs:
             digest.update(np.int32(pairs.query).tobytes() + pairs.documents.tobytes())
         return digest.hexdigest()
@@ -85,7 +105,8 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
-    """A data set by name: `job_market:tiny`, `job_market:default`, `job_market:long`, or `onet_jobs`.
+    """A data set by name: `job_market:tiny`, `job_market:default`, `job_market:long`, `job_market:tiny_people`,
+    `job_market:default_people`, or `onet_jobs`.
 
     Args:
       data_dir: TFDS's folder of prepared data (its default: `~/tensorflow_datasets`).
@@ -94,28 +115,49 @@ def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
       InputError: no such data set or variant.
     """
     family, _, variant = name.partition(":")
-    if family == "job_market" and (variant or "default") in VARIANTS:
+    if family == "job_market" and (variant or "default") in job_market.VERSIONS:
         return _job_market(variant or "default", data_dir)
     if family == "onet_jobs" and not variant:
         return _onet_jobs(data_dir)
-    known = ", ".join([*(f"job_market:{variant}" for variant in VARIANTS), "onet_jobs"])
-    raise InputError(f"data set is {name!r}: use one of {known}")
+    folder, _, vertical = (
+        name.rpartition(":") if name.endswith(tuple(f":{v}" for v in VERTICALS)) else (name, "", "")
+    )
+    if folder and Path(folder).is_dir():
+        return to_dataset(load_folder(folder), name, vertical)
+    known = ", ".join([*(f"job_market:{variant}" for variant in job_market.VERSIONS), "onet_jobs"])
+    raise InputError(f"data set is {name!r}: use one of {known}, or a folder of your own")
 
 
 def _job_market(variant: str, data_dir: str | Path | None) -> Dataset:
     tables = job_market.load_tables(variant, data_dir)
     row = {document.id: i for i, document in enumerate(tables.documents)}
-    graded = {
-        query_id: {row[judgment.document_id]: judgment.grade for judgment in judgments}
+    judged = {
+        query_id: {row[judgment.document_id]: judgment for judgment in judgments}
         for query_id, judgments in tables.judgments.items()
     }
-    pairs = [
-        _known_pairs(i, graded[query.id], [row[shown.document_id] for shown in tables.impressions[query.id]])
-        for i, query in enumerate(tables.queries["train"])
-    ]
+    pages = tables.impressions
     return Dataset(
-        f"job_market:{variant}_{VERSION}", tables.documents, tables.queries, graded, pairs, tables.impressions
+        f"job_market:{variant}_{job_market.VERSIONS[variant]}",
+        tables.documents,
+        tables.queries,
+        {query: {m: judgment.grade for m, judgment in known.items()} for query, known in judged.items()},
+        [
+            _reasoned_pairs(i, judged[query.id], [row[shown.document_id] for shown in pages[query.id]])
+            for i, query in enumerate(tables.queries["train"])
+        ],
+        pages,
+        precedent_pairs={
+            split: [_reasoned_pairs(i, judged[query.id], []) for i, query in enumerate(tables.queries[split])]
+            for split in job_market.PRECEDENTS
+        },
     )
+
+
+def _reasoned_pairs(query: int, judged: Mapping[int, Judgment], shown: Sequence[int]) -> Pairs:
+    """`_known_pairs` with the reasons that the judgments give."""
+    pairs = _known_pairs(query, {row: judgment.grade for row, judgment in judged.items()}, shown)
+    reasons = (judged[row].rationale if row in judged else "" for row in pairs.documents.tolist())
+    return replace(pairs, rationales=tuple(reasons))
 
 
 def _known_pairs(query: int, graded: Mapping[int, int], shown: Sequence[int]) -> Pairs:
@@ -134,26 +176,42 @@ def _onet_jobs(data_dir: str | Path | None) -> Dataset:
         for query_id, known in tables.grades.items()
     }
     held_out = np.array(sorted(row[document] for document in tables.held_out), np.int32)
-    allowed = np.setdiff1d(np.arange(len(tables.documents), dtype=np.int32), held_out)
-    pairs = [
-        _draw_pairs(i, query, graded[query.id], allowed) for i, query in enumerate(tables.queries["train"])
-    ]
+    every = np.arange(len(tables.documents), dtype=np.int32)
+    allowed = np.setdiff1d(every, held_out)
+    queries = dict(tables.queries)
+    precedents: dict[str, list[Pairs]] = {}
+    for split, (source, documents) in {
+        "calibration": ("dev", allowed),
+        "golden": ("test_seen", allowed),
+        "golden_unseen": ("test_unseen", every),
+    }.items():
+        # Titles that people assigned are the precedents: drawn from queries that no model learns from, all of them or the first by hash.
+        queries[split] = sorted(queries[source], key=lambda query: _hash(query.id))[:PRECEDENT_QUERIES]
+        precedents[split] = [
+            _draw_pairs(i, query, graded[query.id], documents) for i, query in enumerate(queries[split])
+        ]
     return Dataset(
         "onet_jobs",
         tables.documents,
-        tables.queries,
+        queries,
         graded,
-        pairs,
+        [_draw_pairs(i, query, graded[query.id], allowed) for i, query in enumerate(queries["train"])],
         held_out=held_out,
         rerank=onet_jobs.load_rerank_lists(tables),
+        precedent_pairs=precedents,
     )
 
 
+def _hash(query_id: str) -> bytes:
+    return hashlib.sha256(query_id.encode()).digest()
+
+
 def _draw_pairs(row: int, query: Query, known: Mapping[int, int], allowed: np.ndarray) -> Pairs:
-    """Its own occupation, related ones of every tier up to half of the list, and documents drawn at random."""
-    rng = np.random.default_rng(list(hashlib.sha256(query.id.encode()).digest()[:8]))
+    """Its own occupation, related ones of every tier up to half of the list, and documents drawn at random, all of them allowed."""
+    rng = np.random.default_rng(list(_hash(query.id)[:8]))
+    may = set(allowed.tolist())
     own = [document for document, grade in known.items() if grade == 4]
-    related = [document for document, grade in known.items() if grade < 4]
+    related = [document for document, grade in known.items() if grade < 4 and document in may]
     near = own + [related[i] for i in rng.permutation(len(related))[: PAIRS_PER_QUERY // 2 - len(own)]]
     other = rng.permutation(np.setdiff1d(allowed, np.array(list(known), np.int32)))[
         : PAIRS_PER_QUERY - len(near)

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import NamedTuple
 
+from jaxsearch.data import network
 from jaxsearch.data.records import Document, Query
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
 
 KINDS = ("judge", "ranker", "query", "document")
 STYLES = ("full", "short")
+ANSWERS = ("grade", "grade_rationale", "rationale_grade")
 
 
 class Control(str):
@@ -98,14 +100,27 @@ def _near(query: Query, document: Document, position: int) -> str | None:
     return str(here.lower() == there.lower()) if here and there else None
 
 
+def _count(count: Callable[[Query, Document], int | None]) -> Callable[[Query, Document, int], str | None]:
+    def value(query: Query, document: Document, position: int) -> str | None:
+        found = count(query, document)
+        return None if found is None else str(found)
+
+    return value
+
+
 FEATURES = {
     "position": Feature("position on the page", "position", lambda query, document, position: str(position)),
     "company_ctr": Feature("company click rate", "rate", _number("company_ctr", 2)),
     "age_days": Feature("days since posting", "age", _number("age_days", 0)),
     "pays": Feature("pays what the searcher wants", "pays", _pays),
     "near": Feature("in the searcher's city", "near", _near),
+    "distance": Feature("network distance", "distance", _count(network.distance)),
+    "mutual": Feature("mutual connections", "mutual", _count(network.mutual)),
+    "connect_rate": Feature("connect rate", "rate", _number("connect_rate", 2)),
+    "active_days": Feature("days since active", "active", _number("active_days", 0)),
 }
-"""Pair features by name, written as the paper found best (section 4): descriptive names, True/False words, two decimals."""
+"""Pair features by name, written as the paper found best (section 4): descriptive names, True/False words, two decimals.
+What a vertical does not know (people have no pay, postings no network distance) is left out of its prompts."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +147,14 @@ class PromptConfig:
     """Searcher fields shown in the prefix."""
     serving_position: int = 1
     """The position that is written where the true one is not known yet: always, when serving."""
+    answer: str = "grade"
+    """What a judge writes: "grade", "grade_rationale" (the grade first) or "rationale_grade"."""
+    max_answer_tokens: int = 64
+    """Longest answer of a judge: what it may learn from, and where its generated text is cut."""
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", KINDS), ("style", STYLES), ("chat", tuple(FORMATS))):
+        checked = (("kind", KINDS), ("style", STYLES), ("chat", tuple(FORMATS)), ("answer", ANSWERS))
+        for name, known in checked:
             if getattr(self, name) not in known:
                 raise InputError(f"prompt.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
         for name in ("features", "searcher"):
@@ -144,7 +164,7 @@ class PromptConfig:
         for feature in self.features:
             if feature not in FEATURES:
                 raise InputError(f"prompt.features has {feature!r}: known are {', '.join(FEATURES)}")
-        for name in ("max_query_tokens", "max_document_tokens", "serving_position"):
+        for name in ("max_query_tokens", "max_document_tokens", "serving_position", "max_answer_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"prompt.{name} is {value!r}: use a whole number of at least 1")
@@ -244,6 +264,24 @@ class PromptRoom:
         tail = self.suffix if self.config.kind == "document" else []
         encoded = self.tokenizer.encode([self.document_text(document) for document in documents])
         return [DocumentTokens(ids[:limit] + tail, max(len(ids) - limit, 0)) for ids in encoded]
+
+    def answers(self, grades: Sequence[int], rationales: Sequence[str]) -> list[list[int]]:
+        """Token ids of a judge's whole answers, their end token included.
+
+        Raises:
+          InputError: one is longer than `max_answer_tokens`.
+        """
+        answers = []
+        for grade, reason in zip(grades, self.tokenizer.encode(rationales), strict=True):
+            label = self.tokenizer.label(str(grade))
+            said = [label, *reason] if self.config.answer != "rationale_grade" else [*reason, label]
+            answers.append([*said, self.end_id])
+            if len(answers[-1]) > self.config.max_answer_tokens:
+                raise InputError(
+                    f"a rationale of {len(reason)} tokens is too long ({self.tokenizer.decode(reason)[:80]!r}): "
+                    f"max_answer_tokens is {self.config.max_answer_tokens}; shorten it, or raise the limit"
+                )
+        return answers
 
     def pair_text(self, query: Query, document: Document, position: int | None = None) -> str:
         """The features of a pair as text ("" without features)."""

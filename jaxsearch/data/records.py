@@ -20,6 +20,9 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "people": ("long_dwell", "connect", "follow", "message"),
 }
 """Engagement tasks per vertical (paper section 4)."""
+BUCKETS = ("title", "title_company", "title_skill", "title_location", "name", "need")
+"""Kinds of searches that figures are told apart by: an exact title, a title with company, skill or place, a person's name, and a need told
+in a sentence. Users may name others."""
 GRADES = (0, 1, 2, 3, 4)
 MAX_ID_LENGTH = 256
 MAX_QUERY_CHARACTERS = 2_000
@@ -89,6 +92,8 @@ class Query:
     """Named text fields of the searcher (headline, location, ...)."""
     filters: Mapping[str, str] = field(default_factory=dict)
     """Attribute name -> required value, applied to `Document.attributes`."""
+    bucket: str = ""
+    """The kind of search, such as one of `BUCKETS`; empty: not known. Never shown to a model."""
 
     def validate(self) -> None:
         """Raise `RecordError` unless every field is usable."""
@@ -101,6 +106,9 @@ class Query:
         _check_vertical("Query", self.vertical)
         _check_texts("Query", "searcher", self.searcher)
         _check_texts("Query", "filters", self.filters)
+        if not isinstance(self.bucket, str) or len(self.bucket) > MAX_ID_LENGTH:
+            _fail("Query", "bucket", self.bucket, f"give a string of at most {MAX_ID_LENGTH} characters")
+        _check_characters("Query", "bucket", self.bucket)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,17 @@ from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
 from jaxsearch.scoring.packing import Array, PackedItems, place_items
 
-__all__ = ["Buckets", "PrefillScorer", "Prefix", "Scorer", "answer_hidden", "pad_prefixes", "score", "steps"]
+__all__ = [
+    "Buckets",
+    "PrefillScorer",
+    "Prefix",
+    "Scorer",
+    "answer_hidden",
+    "pad_prefixes",
+    "read_labels",
+    "score",
+    "steps",
+]
 
 
 class Scorer(Protocol):
@@ -64,7 +74,11 @@ def pad_prefixes(
 
 
 def answer_hidden(
-    decoder: Decoder, prefix_tokens: Array, prefix_where: Array, items: PackedItems
+    decoder: Decoder,
+    prefix_tokens: Array,
+    prefix_where: Array,
+    items: PackedItems,
+    back: Array | None = None,
 ) -> jax.Array:
     """The hidden state at each item's last token, where its answer is read; differentiable.
 
@@ -73,9 +87,10 @@ def answer_hidden(
         prefix_tokens: int [B, P], at least one token per query that has items.
         prefix_where: bool [B, P], the tokens that exist, left-aligned.
         items: of B queries.
+        back: int [B, L, J], read J places of each item instead, each so many tokens before its last one.
 
     Returns:
-        [B, L, D] in the compute dtype, after the final norm; 0 where there is no item.
+        [B, L, D] or [B, L, J, D] in the compute dtype, after the final norm; 0 where there is no item.
     """
     where, segments = jnp.asarray(prefix_where), jnp.asarray(items.segments)
     positions = jnp.broadcast_to(jnp.arange(where.shape[1])[None], where.shape)
@@ -86,14 +101,21 @@ def answer_hidden(
     positions = jnp.sum(where, axis=1)[:, None, None] + items.offsets
     hidden, _ = decoder(x, positions, PrefixPacked(where, segments), state)
     batch = jnp.arange(where.shape[0])[:, None]
-    answers = hidden[batch, items.last[..., 0], items.last[..., 1]]
-    return jnp.where(jnp.asarray(items.where)[..., None], answers, 0)
+    row, column, exists = items.last[..., 0], items.last[..., 1], jnp.asarray(items.where)
+    if back is None:
+        return jnp.where(exists[..., None], hidden[batch, row, column], 0)
+    answers = hidden[batch[..., None], row[..., None], column[..., None] - back]
+    return jnp.where(exists[..., None, None], answers, 0)
 
 
 def score(scorer: Scorer, prefix_tokens: Array, prefix_where: Array, items: PackedItems) -> jax.Array:
     """Label logits of every item, fp32 [B, L, C]; 0 where there is no item. Arguments as `answer_hidden`."""
-    answers = answer_hidden(scorer.decoder, prefix_tokens, prefix_where, items).astype(jnp.float32)
-    return jnp.einsum("BLD,CD->BLC", answers, scorer.label_matrix(), precision="highest")
+    return read_labels(scorer, answer_hidden(scorer.decoder, prefix_tokens, prefix_where, items))
+
+
+def read_labels(scorer: Scorer, hidden: jax.Array) -> jax.Array:
+    """Label logits fp32 [..., C] of hidden states [..., D]: the label rows alone, never the vocabulary."""
+    return jnp.einsum("...D,CD->...C", hidden.astype(jnp.float32), scorer.label_matrix(), precision="highest")
 
 
 class PrefillScorer:

@@ -39,6 +39,11 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir", default="", help="folder of prepared data (default: ~/tensorflow_datasets)"
     )
     label.add_argument("--output", required=True, help="folder of the store; an unfinished one is resumed")
+    label.add_argument(
+        "--minimum-kappa",
+        type=float,
+        help="kappa with the golden precedents below which a judge may not label (default: the judge's own; -1: no gate)",
+    )
     label.add_argument("--per-query", type=int, default=0, help="pairs scored per query (default 0: all)")
     return parser
 
@@ -70,11 +75,13 @@ def _batch(options: argparse.Namespace) -> None:
 
 def _label(options: argparse.Namespace) -> None:
     from jaxsearch.data.datasets import load_dataset
+    from jaxsearch.measurement.gate import gate_of, require_agreement
     from jaxsearch.models.contract import load_model
     from jaxsearch.scoring.label import label
 
-    data = load_dataset(options.dataset, options.data_dir or None)
-    report = label(load_model(options.model), data, options.output, per_query=options.per_query)
+    data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
+    require_agreement(options.model, model, data, gate_of(model, options.minimum_kappa))
+    report = label(model, data, options.output, per_query=options.per_query)
     rate = report.pairs / max(report.seconds, 1e-9)
     print(f"{report.store}: {report.pairs} pairs scored, {rate:.0f} pairs/s")
 

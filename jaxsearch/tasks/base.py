@@ -12,6 +12,7 @@ from flax import nnx
 from jaxsearch.config import ConfigError
 from jaxsearch.data import tokenizer as tokenizers
 from jaxsearch.data.datasets import Dataset, load_dataset
+from jaxsearch.data.network import CONNECTIONS
 from jaxsearch.data.prompts import FEATURES, PromptConfig, PromptRoom
 from jaxsearch.data.records import Query
 from jaxsearch.data.tokenizer import Tokenizer
@@ -142,7 +143,12 @@ def train_tokenizer(data: Dataset, vocab_size: int) -> Tokenizer:
     texts = [
         " ".join(document.fields.values()) for row, document in enumerate(data.documents) if row not in hidden
     ]
-    texts += [" ".join([query.text, *query.searcher.values()]) for query in data.queries["train"]]
+    texts += [
+        " ".join([query.text, *(text for name, text in query.searcher.items() if name != CONNECTIONS)])
+        for query in data.queries["train"]
+    ]
+    # What a judge says of them: few words, each of which should be one token.
+    texts += sorted({reason for pairs in data.pairs for reason in pairs.rationales}) * 10
     # The words of pair features stand in every prompt, so that each should be one token.
     texts += [
         " ".join(["", feature.short, feature.full, "True False"]) for feature in FEATURES.values()

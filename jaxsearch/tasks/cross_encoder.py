@@ -34,6 +34,9 @@ from jaxsearch.tasks.base import (
 from jaxsearch.training.step import Batch
 from jaxsearch.training.task import Task
 
+NO_TOKEN = -1
+"""Fills answers up to the longest."""
+
 
 @dataclass(frozen=True)
 class CrossEncoderConfig(TaskConfig):
@@ -59,6 +62,8 @@ class Example(NamedTuple):
     """Target name -> [n, ...]; NaN where there is none."""
     positions: np.ndarray | None = None
     """int [n], places on the page; None: the serving position."""
+    answers: Sequence[Sequence[int]] | None = None
+    """Token ids of the text that is learned behind each item, empty where there is none; None: no text is learned."""
 
 
 class CrossEncoderTask(Task):
@@ -83,7 +88,8 @@ class CrossEncoderTask(Task):
         self._prefixes = self.room.prefixes(self._queries)
         self._documents = [part.ids for part in self.room.documents(data.documents)]
         self._prefix_length = max(map(len, self._prefixes))
-        self._row_length = self._longest_item()
+        self._answer_length = max((len(a) for e in self.examples for a in e.answers or ()), default=0)
+        self._row_length = self._longest_item() + self._answer_length
         self._scorer: RecordScorer | None = None
 
     @abc.abstractmethod
@@ -120,14 +126,20 @@ class CrossEncoderTask(Task):
         return [self._queries[self.examples[i].query].id for i in indices]
 
     def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
-        """prefix, items (one per row) and targets [B, L, ...] of these queries; candidates are drawn anew each time."""
+        """prefix, items (one per row), targets [B, L, ...] and answers of these queries; candidates are drawn anew each time."""
         slots = self.config.candidates
         items: list[list[list[int]]] = []
+        answers = np.full((len(indices), slots, self._answer_length), NO_TOKEN, np.int32)
         targets: dict[str, np.ndarray] = {}
         for i, (index, rng) in enumerate(zip(indices, rngs, strict=True)):
             example = self.examples[index]
             chosen = self.choose(example, slots, rng)
             items.append(self._items(example, chosen))
+            if example.answers is not None:
+                for slot, number in enumerate(chosen):
+                    answer = example.answers[number]
+                    items[-1][slot] = items[-1][slot] + list(answer)
+                    answers[i, slot, : len(answer)] = answer
             for name, values in example.targets.items():
                 if name not in targets:
                     targets[name] = np.full((len(indices), slots, *values.shape[1:]), np.nan, np.float32)
@@ -136,7 +148,8 @@ class CrossEncoderTask(Task):
             [self._prefixes[self.examples[index].query] for index in indices], length=self._prefix_length
         )
         packed = pack_items(items, row_length=self._row_length, rows=slots, slots=slots, one_per_row=True)
-        return {"prefix": prefix, "items": packed, **targets}
+        text = {"answers": answers} if self._answer_length else {}
+        return {"prefix": prefix, "items": packed, **targets, **text}
 
     def choose(self, example: Example, slots: int, rng: np.random.Generator) -> np.ndarray:
         """Which of an example's documents are candidates this time, int [<= slots]."""

@@ -8,8 +8,8 @@ TINY_TOKENS = 96
 """Longest document of a `:tiny` model."""
 SERVED = tuple(name for name in FEATURES if name != "position")
 """Pair features that are known when serving."""
-TINY_SERVED = ("company_ctr", "age_days", "pays")
-"""Those of them that actions in the generated market depend on."""
+TINY_SERVED = ("company_ctr", "age_days", "pays", "distance", "connect_rate", "active_days")
+"""Those of them that actions in the generated market depend on; each vertical has its own."""
 
 
 def tiny_prompt(kind: str, features: tuple[str, ...] = ()) -> PromptConfig:

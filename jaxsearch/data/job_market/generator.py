@@ -1,15 +1,21 @@
 """A seeded, deterministic job market: postings, searches, policy grades and impressions, generated from facts and templates.
 
+A posting or a search by itself must say nothing about a grade. So a good answer is drawn among those of a search that do not answer a
+variation of it (another place, level, skill, company or occupation), a bad one among those of a variation that do not answer the search. A
+search and its variation can change places: what is a good answer of the one is a bad answer of the other just as often. And every search
+has two bad answers for a good one.
+
 Everything follows from (`VERSION`, variant, seed): two machines make the same bytes. A change to what is generated needs a new
 `VERSION`, which is part of every data set's name, because models and figures made on one version say nothing of another.
 """
 
+import dataclasses
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,12 +23,20 @@ from jaxsearch.data.facts import Occupation, occupations
 from jaxsearch.data.job_market import policy, templates
 from jaxsearch.data.records import Document, Impression, Judgment, Query
 
-VERSION = "v1"
+VERSION = "v2"
+SPLITS = ("train", "dev", "test", "calibration", "golden")
+"""The last two are the precedents: judges are measured by them and never learn from them."""
 PAGE = 10
 """Results on one search page, all of which become impressions."""
+_ENOUGH = 2
+"""Good answers that a search must have; one with fewer is drawn again."""
+_TRIES = 200
+"""Attempts to find a search with enough answers, and variations of one."""
 _ASKED_LEVELS = (2, 1, 1, 2)
 """Odds of the seniority asked for. With the policy's deductions every level of a posting then loses the same on average, and with cities
 and workplace types asked for evenly a posting by itself says nothing about its grade."""
+_ASKED = ("level", "city", "workplace", "skill", "company")
+"""What a search may ask for beside the work, fields of `policy.Need`."""
 T = TypeVar("T")
 
 
@@ -42,8 +56,10 @@ class Market:
     named: int
     description: tuple[int, int]
     """Fewest and most words (punctuation counts as words) of a description; (0, 0) for none."""
-    judged: int = 16
-    """Graded postings per training search."""
+    good: int = 5
+    """Most good answers (above grade 2) among the graded postings of a training search or precedent; there are two bad ones for each."""
+    precedents: int = 400
+    """Searches whose graded postings are set aside to measure judges by: two fifths for calibration, the rest golden."""
     seed: int = 0
 
 
@@ -78,6 +94,11 @@ def _length(name: str) -> tuple[bool, int]:
     return len(name.split()) > 2, len(name.split())
 
 
+def _normal(rng: random.Random) -> float:
+    """A standard normal number."""
+    return math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
+
+
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -101,6 +122,20 @@ class _Search:
     wanted_salary: int
     headline: str
     home: int
+    told: bool
+    """Told in a sentence."""
+
+    @property
+    def bucket(self) -> str:
+        """One of `records.BUCKETS`."""
+        if self.told:
+            return "need"
+        if self.need.company is not None:
+            return "title_company"
+        if self.need.skill is not None:
+            return "title_skill"
+        placed = self.need.city is not None or self.need.workplace is not None
+        return "title_location" if placed else "title"
 
 
 class JobMarket:
@@ -114,7 +149,7 @@ class JobMarket:
         self.cities = templates.CITIES[: self.market.cities]
         rng = self._rng("companies", 0)
         self.companies = templates.company_names(self.market.companies, rng.random)
-        self._popularity = [rng.gauss(0.0, 1.0) for _ in self.companies]
+        self._popularity = [_normal(rng) for _ in self.companies]
         """Standard normal a company: what searchers like about it that no grade knows."""
         self._company_ctr = []
         for liked in self._popularity:
@@ -198,7 +233,16 @@ class JobMarket:
             city=np.array([p.city for p in self._postings]),
             workplace=np.array([p.workplace for p in self._postings]),
             skills=tuple(frozenset(p.skills) for p in self._postings),
+            company=np.array([p.company for p in self._postings]),
         )
+
+    @cached_property
+    def _hiring(self) -> list[list[int]]:
+        """Companies with a posting of each occupation. One is asked for as often as another, so that a posting by itself says nothing."""
+        found: list[set[int]] = [set() for _ in self.occupations]
+        for posting in self._postings:
+            found[posting.occupation].add(posting.company)
+        return [sorted(companies) for companies in found]
 
     # --- documents -----------------------------------------------------------------------------------------------
 
@@ -240,35 +284,100 @@ class JobMarket:
     # --- searches ------------------------------------------------------------------------------------------------
 
     def _split(self, index: int) -> str:
+        if index >= self.market.searches:
+            calibration = index - self.market.searches < 0.4 * self.market.precedents
+            return "calibration" if calibration else "golden"
         draw = self._rng("split", index).random()
         return "train" if draw < 0.8 else "dev" if draw < 0.86 else "test"
 
     @cached_property
     def _searches(self) -> list[_Search]:
-        return [self._make_search(i) for i in range(self.market.searches)]
+        return [self._make_search(i) for i in range(self.market.searches + self.market.precedents)]
 
     def _make_search(self, index: int) -> _Search:
         rng = self._rng("search", index)
-        target = int(rng.random() * len(self.occupations))
-        place = _weighted(rng, (0.3, 0.35, 0.35))
-        home = int(rng.random() * len(self.cities))
-        need = policy.Need(
-            occupation=target,
-            level=_weighted(rng, _ASKED_LEVELS) if rng.random() < 0.4 else None,
-            city=home if place == 1 else None,
-            workplace=_weighted(rng, (1, 1, 1)) if place == 2 else None,
-            skill=_pick(rng, self.technologies[target]) if rng.random() < 0.25 else None,
-        )
+        place = _weighted(rng, (0.24, 0.33, 0.33, 0.1))
+        asked = {
+            name
+            for name, chosen in (
+                ("level", rng.random() < 0.4),
+                ("city", place == 1),
+                ("workplace", place == 2),
+                ("skill", rng.random() < 0.25),
+                ("company", place == 3),
+            )
+            if chosen
+        }
+        for _ in range(_TRIES):
+            need = self._draw_need(rng, asked)
+            if self._answers(need).sum() >= _ENOUGH:
+                break
+        target = need.occupation
+        home = int(rng.random() * len(self.cities)) if need.city is None else need.city
         base = 40 + 60 * self._rng("pay", target).random()
         wanted = int(base * (0.7 + 0.6 * rng.random()) * (1.3 if need.level in (2, 3) else 1.0))
         related = np.flatnonzero(self.tiers[target] >= 2).tolist()
         held = target if rng.random() < 0.5 else _pick(rng, related)
-        return _Search(need, wanted, _pick(rng, self.titles[held]), home)
+        return _Search(need, wanted, _pick(rng, self.titles[held]), home, told=rng.random() < 0.15)
+
+    def _draw_need(self, rng: random.Random, asked: Collection[str]) -> policy.Need:
+        """Any need that asks for these things."""
+        need = policy.Need(int(rng.random() * len(self.occupations)))
+        return dataclasses.replace(
+            need, **{name: self._draw(rng, name, need.occupation) for name in _ASKED if name in asked}
+        )
+
+    def _draw(self, rng: random.Random, name: str, occupation: int) -> Any:
+        """What somebody who looks for this work may ask for."""
+        if name == "level":
+            return _weighted(rng, _ASKED_LEVELS)
+        if name == "city":
+            return int(rng.random() * len(self.cities))
+        if name == "workplace":
+            return _weighted(rng, (1, 1, 1))
+        if name == "skill":
+            return _pick(rng, self.technologies[occupation])
+        return _pick(rng, self._hiring[occupation]) if self._hiring[occupation] else None
+
+    def _variation(self, rng: random.Random, need: policy.Need) -> policy.Need:
+        """A like search: mostly one thing asked for is another, otherwise everything. The way back is as likely as the way there."""
+        asked = [name for name in _ASKED if getattr(need, name) is not None]
+        if rng.random() < 0.4:
+            return self._draw_need(rng, asked)
+        place = int(rng.random() * (1 + len(asked)))
+        if place < len(asked):
+            return dataclasses.replace(need, **{asked[place]: self._draw(rng, asked[place], need.occupation)})
+        other = self._neighbour(rng, need.occupation)
+        bound = {name: self._draw(rng, name, other) for name in ("skill", "company") if name in asked}
+        return dataclasses.replace(need, occupation=other, **bound)
+
+    def _neighbour(self, rng: random.Random, occupation: int) -> int:
+        """Another occupation, half of the time a related one.
+
+        Every occupation has the same number of places for related ones, empty ones included, so that the way back is as likely.
+        """
+        if rng.random() < 0.5:
+            place = int(rng.random() * max(map(len, self._near)))
+            if place < len(self._near[occupation]):
+                return self._near[occupation][place]
+        other = int(rng.random() * (len(self._near) - 1))
+        return other + (other >= occupation)
+
+    @cached_property
+    def _near(self) -> list[list[int]]:
+        """Occupations that are related either way."""
+        related = (self.tiers > 0) | (self.tiers.T > 0)
+        np.fill_diagonal(related, False)
+        return [np.flatnonzero(row).tolist() for row in related]
+
+    def _answers(self, need: policy.Need) -> np.ndarray:
+        """bool [M], the postings above grade 2."""
+        return policy.grades(policy.components(need, self._columns, self.tiers)) > 2
 
     @cached_property
     def queries(self) -> dict[str, list[Query]]:
-        """Searches by split (train 80%, dev 6%, test 14%, by a hash of the number)."""
-        result: dict[str, list[Query]] = {"train": [], "dev": [], "test": []}
+        """Searches by split: train 80%, dev 6%, test 14% by a hash of the number, and the precedents beside them."""
+        result: dict[str, list[Query]] = {split: [] for split in SPLITS}
         for index, search in enumerate(self._searches):
             result[self._split(index)].append(self._query(index, search))
         return result
@@ -276,17 +385,20 @@ class JobMarket:
     def _query(self, index: int, search: _Search) -> Query:
         rng = self._rng("query", index)
         need = search.need
-        text = templates.search_text(
+        write = templates.need_text if search.told else templates.search_text
+        text = write(
             _pick(rng, self.titles[need.occupation]),
             level=None if need.level is None else policy.LEVELS[need.level],
             city=None if need.city is None else self.cities[need.city],
             workplace=None if need.workplace is None else policy.WORKPLACES[need.workplace],
             skill=need.skill,
+            company=None if need.company is None else self.companies[need.company],
             draw=rng.random,
         )
         return Query(
             id=f"s{index:05d}",
             text=text,
+            bucket=search.bucket,
             searcher={
                 "headline": search.headline,
                 "location": self.cities[search.home],
@@ -301,9 +413,9 @@ class JobMarket:
         return policy.grades(policy.components(self._searches[index].need, self._columns, self.tiers))
 
     def judgments(self, split: str) -> dict[str, list[Judgment]]:
-        """Graded pairs by search. Training searches: a stratified sample with reasons. Dev and test: every posting above grade 0."""
+        """Graded pairs with reasons, by search. Dev and test: every posting above grade 0. Else a stratified sample."""
         choose: Callable[[int, np.ndarray], list[int]]
-        choose = self._sampled if split == "train" else lambda _, row: list(np.flatnonzero(row))
+        choose = (lambda _, row: list(np.flatnonzero(row))) if split in ("dev", "test") else self._sampled
         result = {}
         for query in self.queries[split]:
             index = int(query.id[1:])
@@ -323,24 +435,26 @@ class JobMarket:
         return result
 
     def _sampled(self, index: int, row: np.ndarray) -> list[int]:
-        """Postings worth a grade: some above 2, some of the same or related work at or below 2, the rest of other work.
-
-        The rest is drawn around another occupation in the way in which the others are drawn around this one, so that no posting is more
-        often a good answer than a bad one.
-        """
-        rng, count = self._rng("judged", index), self.market.judged
-        offered = self._columns.occupation
-        title = self.tiers[self._searches[index].need.occupation, offered]
-        good, spoiled = np.flatnonzero(row > 2).tolist(), np.flatnonzero((title > 2) & (row <= 2)).tolist()
-        chosen = dict.fromkeys(_sample(rng, good, count // 3) + _sample(rng, spoiled, count // 3))
-        related = np.flatnonzero((title > 0) & (title <= 2)).tolist()
-        chosen |= dict.fromkeys(_sample(rng, related, count // 6))
-        while len(chosen) < self.market.judged:
-            elsewhere = np.flatnonzero(self.tiers[int(rng.random() * len(self.occupations)), offered] > 2)
-            other = _pick(rng, elsewhere.tolist())
-            if title[other] == 0:
-                chosen[other] = None
-        return list(chosen)
+        """Postings worth a grade, as the head of this file explains, in random order."""
+        rng, need = self._rng("judged", index), self._searches[index].need
+        answers = row > 2
+        count = min(self.market.good, int(answers.sum()))
+        good: dict[int, None] = {}
+        bad: dict[int, None] = {}
+        for _ in range(_TRIES):
+            if len(good) == count and len(bad) == 2 * count:
+                break
+            others = self._answers(self._variation(rng, need))
+            lost, won = np.flatnonzero(answers & ~others), np.flatnonzero(others & ~answers)
+            # What would not do for a search would not do for its variation either, or the two could not change places.
+            if others.sum() < _ENOUGH or not len(lost) or not len(won):
+                continue
+            if len(good) < count:
+                good[int(_pick(rng, lost))] = None
+            if len(bad) < 2 * count:
+                bad[int(_pick(rng, won))] = None
+        pairs = min(len(good), len(bad) // 2)
+        return _sample(rng, [*list(good)[:pairs], *list(bad)[: 2 * pairs]], 3 * pairs)
 
     # --- impressions ---------------------------------------------------------------------------------------------
 
@@ -357,7 +471,7 @@ class JobMarket:
         pool += [m for m in _sample(rng, range(len(row)), 20) if title[m] == 0]
 
         def logged(m: int) -> float:
-            return 0.35 * row[m] + 0.3 * self._popularity[self._postings[m].company] + rng.gauss(0.0, 0.8)
+            return 0.35 * row[m] + 0.3 * self._popularity[self._postings[m].company] + 0.8 * _normal(rng)
 
         page = [m for _, m in sorted(((logged(m), m) for m in pool), reverse=True)[:PAGE]]
         day = 1 + int(rng.random() * 28)

@@ -1,89 +1,138 @@
-"""The TFDS builder: one config per variant and table, such as `job_market/tiny_v1_documents`; no TensorFlow, no download.
+"""The TFDS builder: one config per variant and table, such as `job_market/tiny_v2_documents`; no TensorFlow, no download.
 
 `load_tables` builds what is missing. (The `tfds build` command would need TensorFlow, this Python interface does not.)
 """
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxsearch.data.job_market.generator import VARIANTS, VERSION, JobMarket
-from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Query
+from jaxsearch.data.job_market import generator, people
+from jaxsearch.data.job_market.generator import SPLITS, JobMarket
+from jaxsearch.data.job_market.people import PeopleMarket
+from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Query, Vertical
 
 TABLES = ("documents", "queries", "judgments", "impressions")
-SPLITS = ("train", "dev", "test")
+PRECEDENTS = ("calibration", "golden")
+"""Splits of graded pairs that judges are measured by; nobody was shown anything there."""
+SHOWN = tuple(split for split in SPLITS if split not in PRECEDENTS)
+"""Splits with impressions."""
 DOCUMENT_SPLIT = "corpus"
-DOCUMENT_FIELDS = ("location", "title", "skills", "company", "pay", "description")
-ATTRIBUTES = ("company", "city", "workplace", "seniority")
-NUMERIC = ("salary", "age_days", "company_ctr")
-SEARCHER = ("headline", "location", "wanted_salary")
 NOT_ELIGIBLE = -1
 """Stored value of an action that was not possible; 0 is not done, 1 is done."""
+_PEOPLE = "_people"
+"""How the variants of people search end."""
+VERSIONS = dict.fromkeys(generator.VARIANTS, generator.VERSION) | {
+    variant + _PEOPLE: people.VERSION for variant in people.VARIANTS
+}
+"""The version of each variant's generator."""
 Row = dict[str, Any]
 
 
+class Schema(NamedTuple):
+    """Names of what the records of a vertical hold."""
+
+    fields: tuple[str, ...]
+    attributes: tuple[str, ...]
+    numeric: tuple[str, ...]
+    searcher: tuple[str, ...]
+
+
+SCHEMAS: dict[Vertical, Schema] = {
+    "jobs": Schema(
+        ("location", "title", "skills", "company", "pay", "description"),
+        ("company", "city", "workplace", "seniority"),
+        ("salary", "age_days", "company_ctr"),
+        ("headline", "location", "wanted_salary"),
+    ),
+    "people": Schema(
+        ("location", "headline", "positions", "skills", "education", "name"),
+        ("city", "company", "school", "connections"),
+        ("connect_rate", "active_days", "experience_years"),
+        ("headline", "location", "company", "connections"),
+    ),
+}
+
+
+def vertical_of(variant: str) -> Vertical:
+    """Whether a variant is of job search or of people search."""
+    return "people" if variant.endswith(_PEOPLE) else "jobs"
+
+
 @lru_cache(maxsize=1)
-def _market(variant: str) -> JobMarket:
+def _market(variant: str) -> JobMarket | PeopleMarket:
     """The four tables of a variant are built one after the other from one market."""
+    if vertical_of(variant) == "people":
+        return PeopleMarket(variant.removesuffix(_PEOPLE))
     return JobMarket(variant)
 
 
-def _features(table: str) -> tfds.features.FeaturesDict:
-    text, each = tfds.features.Text, tfds.features.Sequence
+def _features(table: str, vertical: Vertical) -> tfds.features.FeaturesDict:
+    text, each, schema = tfds.features.Text, tfds.features.Sequence, SCHEMAS[vertical]
     if table == "documents":
         return tfds.features.FeaturesDict(
             {"id": text()}
-            | {name: text() for name in DOCUMENT_FIELDS}
-            | {f"attribute_{name}": text() for name in ATTRIBUTES}
-            | dict.fromkeys(NUMERIC, np.float32)
+            | {name: text() for name in schema.fields}
+            | {f"attribute_{name}": text() for name in schema.attributes}
+            | dict.fromkeys(schema.numeric, np.float32)
         )
     if table == "queries":
         return tfds.features.FeaturesDict(
-            {"id": text(), "text": text()} | {f"searcher_{name}": text() for name in SEARCHER}
+            {"id": text(), "text": text(), "bucket": text()}
+            | {f"searcher_{name}": text() for name in schema.searcher}
         )
     pairs = {"query_id": text(), "document_ids": each(text())}
     if table == "judgments":
         return tfds.features.FeaturesDict(pairs | {"grades": each(np.int32), "rationales": each(text())})
-    actions = {name: each(np.int32) for name in ACTIONS["jobs"]}
+    actions = {name: each(np.int32) for name in ACTIONS[vertical]}
     return tfds.features.FeaturesDict(pairs | {"positions": each(np.int32), "shown_at": text()} | actions)
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """A generated job market: postings, searches, policy grades, and impressions with actions.
+    """A generated job market: postings or member profiles, searches, policy grades, and impressions with actions.
 
-    A judgment row holds the graded postings of one search: a sample for training, all above grade 0 for dev and test, where anything not
-    listed is grade 0. An impression row holds one page of results.
+    A judgment row holds the graded documents of one search: all above grade 0 for dev and test, where anything not listed is grade 0; a
+    sample for training and for precedents (calibration, golden). An impression row holds one page of results.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": f"Generator {VERSION}."}
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {
+        "1.0.0": f"Generators: jobs {generator.VERSION}, people {people.VERSION}."
+    }
     BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
         tfds.core.BuilderConfig(
-            name=f"{variant}_{VERSION}_{table}", description=f"The {table} of variant {variant}."
+            name=f"{variant}_{version}_{table}", description=f"The {table} of variant {variant}."
         )
-        for variant in VARIANTS
+        for variant, version in VERSIONS.items()
         for table in TABLES
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
+        variant, table = self._variant_and_table()
         return self.dataset_info_from_configs(
-            features=_features(self.builder_config.name.split("_")[-1]),
+            features=_features(table, vertical_of(variant)),
             license="Apache-2.0; facts from the O*NET database (USDOL/ETA), CC BY 4.0",
         )
+
+    def _variant_and_table(self) -> tuple[str, str]:
+        variant, _, table = self.builder_config.name.rsplit("_", 2)
+        return variant, table
 
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[tuple[str, Row]]]:
-        variant, _, table = self.builder_config.name.split("_")
-        market = _market(variant)
+        variant, table = self._variant_and_table()
+        market, schema = _market(variant), SCHEMAS[vertical_of(variant)]
         if table == "documents":
-            return {DOCUMENT_SPLIT: self._generate_examples(map(_document_row, market.documents))}
+            rows = (_document_row(document, schema) for document in market.documents)
+            return {DOCUMENT_SPLIT: self._generate_examples(rows)}
         if table == "queries":
             return {
-                split: self._generate_examples(map(_query_row, market.queries[split])) for split in SPLITS
+                split: self._generate_examples(_query_row(query, schema) for query in market.queries[split])
+                for split in SPLITS
             }
         if table == "judgments":
             return {
@@ -92,7 +141,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             }
         return {
             split: self._generate_examples(map(_page_row, market.impressions(split).items()))
-            for split in SPLITS
+            for split in SHOWN
         }
 
     def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
@@ -100,17 +149,19 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             yield row.get("id") or row["query_id"], row
 
 
-def _document_row(item: Document) -> Row:
+def _document_row(item: Document, schema: Schema) -> Row:
     return (
         {"id": item.id}
-        | {name: item.fields.get(name, "") for name in DOCUMENT_FIELDS}
-        | {f"attribute_{name}": item.attributes[name] for name in ATTRIBUTES}
-        | {name: item.numeric[name] for name in NUMERIC}
+        | {name: item.fields.get(name, "") for name in schema.fields}
+        | {f"attribute_{name}": item.attributes[name] for name in schema.attributes}
+        | {name: item.numeric[name] for name in schema.numeric}
     )
 
 
-def _query_row(item: Query) -> Row:
-    return {"id": item.id, "text": item.text} | {f"searcher_{name}": item.searcher[name] for name in SEARCHER}
+def _query_row(item: Query, schema: Schema) -> Row:
+    return {"id": item.id, "text": item.text, "bucket": item.bucket} | {
+        f"searcher_{name}": item.searcher[name] for name in schema.searcher
+    }
 
 
 def _judgments_row(item: tuple[str, list[Judgment]]) -> Row:
@@ -134,5 +185,5 @@ def _page_row(item: tuple[str, list[Impression]]) -> Row:
         name: [
             NOT_ELIGIBLE if shown.actions[name] is None else int(bool(shown.actions[name])) for shown in page
         ]
-        for name in ACTIONS["jobs"]
+        for name in page[0].actions
     }

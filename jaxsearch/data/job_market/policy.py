@@ -23,6 +23,7 @@ class Need:
     city: int | None = None
     workplace: int | None = None
     skill: str | None = None
+    company: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Postings:
     city: np.ndarray
     workplace: np.ndarray
     skills: tuple[frozenset[str], ...]
+    company: np.ndarray
+
+    def named(self, skill: str) -> np.ndarray:
+        """int [M], 1 where a posting names the skill; kept, since the same few are asked for again and again."""
+        kept = self.__dict__.setdefault("_named", {})
+        if skill not in kept:
+            kept[skill] = np.array([skill in held for held in self.skills], np.int64)
+        return kept[skill]
 
 
 def components(need: Need, postings: Postings, tiers: np.ndarray) -> dict[str, np.ndarray]:
@@ -45,32 +54,31 @@ def components(need: Need, postings: Postings, tiers: np.ndarray) -> dict[str, n
       tiers: int [O, O], `tiers[asked, offered]` is the title grade 0-4.
 
     Returns:
-      title: int [M] the title grade; level, skill: int [M] points lost; cap: int [M] highest grade that place allows.
+      title: int [M] the title grade; level, skill: int [M] points lost; place, company: bool [M], whether it is the one asked for.
     """
     rows = postings.occupation.shape[0]
     title = tiers[need.occupation, postings.occupation]
     level = np.zeros(rows, np.int64)
     if need.level is not None:
         level = np.minimum(np.abs(postings.level - need.level), 2)
-    fits = np.ones(rows, bool)
+    place, company = np.ones(rows, bool), np.ones(rows, bool)
     if need.city is not None:
-        fits &= postings.city == need.city
+        place &= postings.city == need.city
     if need.workplace is not None:
-        fits &= postings.workplace == need.workplace
-    cap = np.where(fits, 4, 1)
+        place &= postings.workplace == need.workplace
+    if need.company is not None:
+        company = postings.company == need.company
     skill = np.zeros(rows, np.int64)
     if need.skill is not None:
-        skill = np.array([need.skill not in held for held in postings.skills], np.int64)
-    return {"title": title, "level": level, "skill": skill, "cap": cap}
+        skill = 1 - postings.named(need.skill)
+    return {"title": title, "level": level, "skill": skill, "place": place, "company": company}
 
 
 def grades(parts: dict[str, Any]) -> Any:
     """The grade 0-4 that follows from `components` (arrays or single numbers)."""
-    return np.where(
-        parts["title"] == 0,
-        0,
-        np.clip(np.minimum(parts["title"] - parts["level"] - parts["skill"], parts["cap"]), 0, 4),
-    )
+    limit = np.where(parts["place"], np.where(parts["company"], 4, 2), 1)
+    left = np.minimum(parts["title"] - parts["level"] - parts["skill"], limit)
+    return np.where(parts["title"] == 0, 0, np.clip(left, 0, 4))
 
 
 def rationale(need: Need, parts: dict[str, int]) -> str:
@@ -86,7 +94,9 @@ def rationale(need: Need, parts: dict[str, int]) -> str:
     if need.level is not None:
         reasons.append(("seniority fits", "seniority one step off", "seniority far off")[parts["level"]])
     if need.city is not None or need.workplace is not None:
-        reasons.append("place fits" if parts["cap"] == 4 else "wrong place")
+        reasons.append("place fits" if parts["place"] else "wrong place")
+    if need.company is not None:
+        reasons.append("company fits" if parts["company"] else "other company")
     if need.skill is not None:
         reasons.append("skill missing" if parts["skill"] else "skill named")
     return ", ".join(reasons) + "."

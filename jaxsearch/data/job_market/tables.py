@@ -5,19 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxsearch.data.job_market.generator import VERSION
+from jaxsearch.data.job_market.generator import SPLITS
 from jaxsearch.data.job_market.job_market_dataset_builder import (
-    ATTRIBUTES,
-    DOCUMENT_FIELDS,
     DOCUMENT_SPLIT,
     NOT_ELIGIBLE,
-    NUMERIC,
-    SEARCHER,
-    SPLITS,
+    SCHEMAS,
+    SHOWN,
     TABLES,
+    VERSIONS,
     Builder,
+    vertical_of,
 )
-from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Query, unique_ids
+from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Query, Vertical, unique_ids
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,11 @@ class Tables:
     documents: list[Document]
     """By id."""
     queries: Mapping[str, list[Query]]
-    """By split (train, dev, test), each by id."""
+    """By split (train, dev, test, calibration, golden), each by id."""
     judgments: Mapping[str, list[Judgment]]
-    """Query id -> graded postings: a sample for training queries, all above grade 0 for the others."""
+    """Query id -> graded documents: all above grade 0 for dev and test queries, a sample for the others."""
     impressions: Mapping[str, list[Impression]]
-    """Query id -> one page of results."""
+    """Query id -> one page of results, for queries of train, dev and test."""
 
 
 def load_tables(variant: str, data_dir: str | Path | None = None) -> Tables:
@@ -40,22 +39,32 @@ def load_tables(variant: str, data_dir: str | Path | None = None) -> Tables:
     Raises:
       ValueError: no such variant.
     """
+    if variant not in VERSIONS:
+        raise ValueError(f"job_market variant is {variant!r}: use one of {', '.join(VERSIONS)}")
+    vertical, config = vertical_of(variant), f"{variant}_{VERSIONS[variant]}"
     builders = {
-        table: Builder(config=f"{variant}_{VERSION}_{table}", data_dir=data_dir, file_format="array_record")
+        table: Builder(config=f"{config}_{table}", data_dir=data_dir, file_format="array_record")
         for table in TABLES
     }
     for builder in builders.values():
         if not builder.is_prepared():
             builder.download_and_prepare()
     read = {table: builder.as_data_source() for table, builder in builders.items()}
-    documents = sorted(map(_document, read["documents"][DOCUMENT_SPLIT]), key=lambda item: item.id)
+    documents = sorted(
+        (_document(row, vertical) for row in read["documents"][DOCUMENT_SPLIT]), key=lambda item: item.id
+    )
     queries = {
-        split: sorted(map(_query, read["queries"][split]), key=lambda item: item.id) for split in SPLITS
+        split: sorted((_query(row, vertical) for row in read["queries"][split]), key=lambda item: item.id)
+        for split in SPLITS
     }
     judgments = {
         row["query_id"].decode(): _judgments(row) for split in SPLITS for row in read["judgments"][split]
     }
-    pages = {row["query_id"].decode(): _page(row) for split in SPLITS for row in read["impressions"][split]}
+    pages = {
+        row["query_id"].decode(): _page(row, vertical)
+        for split in SHOWN
+        for row in read["impressions"][split]
+    }
     every_query = [query for split in SPLITS for query in queries[split]]
     records: tuple[Document | Query, ...] = (*documents, *every_query)
     for record in records:
@@ -69,17 +78,25 @@ def _texts(row: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> 
     return {name: text for name in names if (text := row[prefix + name].decode())}
 
 
-def _document(row: Mapping[str, Any]) -> Document:
+def _document(row: Mapping[str, Any], vertical: Vertical) -> Document:
+    schema = SCHEMAS[vertical]
     return Document(
         row["id"].decode(),
-        _texts(row, DOCUMENT_FIELDS),
-        attributes=_texts(row, ATTRIBUTES, "attribute_"),
-        numeric={name: round(float(row[name]), 4) for name in NUMERIC},
+        _texts(row, schema.fields),
+        vertical,
+        attributes=_texts(row, schema.attributes, "attribute_"),
+        numeric={name: round(float(row[name]), 4) for name in schema.numeric},
     )
 
 
-def _query(row: Mapping[str, Any]) -> Query:
-    return Query(row["id"].decode(), row["text"].decode(), searcher=_texts(row, SEARCHER, "searcher_"))
+def _query(row: Mapping[str, Any], vertical: Vertical) -> Query:
+    return Query(
+        row["id"].decode(),
+        row["text"].decode(),
+        vertical,
+        searcher=_texts(row, SCHEMAS[vertical].searcher, "searcher_"),
+        bucket=row["bucket"].decode(),
+    )
 
 
 def _judgments(row: Mapping[str, Any]) -> list[Judgment]:
@@ -90,9 +107,9 @@ def _judgments(row: Mapping[str, Any]) -> list[Judgment]:
     ]
 
 
-def _page(row: Mapping[str, Any]) -> list[Impression]:
+def _page(row: Mapping[str, Any], vertical: Vertical) -> list[Impression]:
     query_id, shown_at = row["query_id"].decode(), row["shown_at"].decode()
-    stored = {name: row[name] for name in ACTIONS["jobs"]}
+    stored = {name: row[name] for name in ACTIONS[vertical]}
     return [
         Impression(
             query_id,
@@ -100,6 +117,7 @@ def _page(row: Mapping[str, Any]) -> list[Impression]:
             int(position),
             {name: None if values[i] == NOT_ELIGIBLE else bool(values[i]) for name, values in stored.items()},
             shown_at,
+            vertical,
         )
         for i, (document, position) in enumerate(zip(row["document_ids"], row["positions"], strict=True))
     ]

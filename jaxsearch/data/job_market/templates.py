@@ -94,8 +94,24 @@ def description(words: int, draw: Draw, facts: Mapping[str, Any]) -> str:
     return " ".join(chosen)
 
 
+_OPENINGS = (
+    "I am looking for work as",
+    "find me a job as",
+    "I would like to be hired as",
+    "is anybody hiring for the job of",
+    "my next job should be",
+)
+
+
 def search_text(
-    title: str, *, level: str | None, city: str | None, workplace: str | None, skill: str | None, draw: Draw
+    title: str,
+    *,
+    level: str | None,
+    city: str | None,
+    workplace: str | None,
+    skill: str | None,
+    company: str | None,
+    draw: Draw,
 ) -> str:
     """What somebody types: keywords in one of several orders."""
     words = title if level is None else f"{level} {title}"
@@ -103,6 +119,31 @@ def search_text(
         words += f" {'with ' if draw() < 0.5 else ''}{skill}"
     if city is not None:
         words += f" {'in ' if draw() < 0.5 else ''}{city}"
+    if company is not None:
+        words += f" {'at ' if draw() < 0.5 else ''}{company}"
     if workplace is not None:
         words = f"{workplace} {words}" if draw() < 0.5 else f"{words} {workplace}"
     return words.lower() if draw() < 0.5 else words
+
+
+def need_text(
+    title: str,
+    *,
+    level: str | None,
+    city: str | None,
+    workplace: str | None,
+    skill: str | None,
+    company: str | None,
+    draw: Draw,
+) -> str:
+    """The same need told in a sentence."""
+    words = f"{_OPENINGS[int(draw() * len(_OPENINGS))]} {title if level is None else f'{level} {title}'}"
+    if company is not None:
+        words += f" at {company}"
+    if city is not None:
+        words += f"{' near my home' if draw() < 0.5 else ''} in {city}"
+    if workplace is not None:
+        words += f", {workplace}{' only' if draw() < 0.5 else ''}"
+    if skill is not None:
+        words += f", {'where I can use' if draw() < 0.5 else 'I know'} {skill}"
+    return words

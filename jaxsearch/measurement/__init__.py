@@ -1,0 +1,1 @@
+"""How far a judge can be trusted (agreement with precedents), and how well a search engine does by that judge."""
