@@ -388,6 +388,23 @@ def test_a_train_query_without_candidates_has_no_pairs(folder: Path) -> None:
     assert data.queries["dev"] == []
 
 
+def test_precedents_are_splits_of_their_own_and_reasons_come_along(folder: Path) -> None:
+    splits = {"q1": "golden", "q2": "train", "q3": "dev"}
+    write_lines(folder / "queries.jsonl", [{**q, "split": splits[q["id"]]} for q in hostile.QUERIES])
+    hostile.add(
+        folder, "judgments", {"query_id": "q2", "document_id": "d2", "grade": 3, "rationale": "Near."}
+    )
+    data = to_dataset(load_folder(folder), "mine")
+    (golden,) = data.precedents("golden")
+    assert [query.id for query in data.queries["golden"]] == ["q1"]
+    assert golden.grades.tolist() == [4]  # what was only shown is no precedent
+    (train,) = data.pairs
+    assert dict(zip(train.documents.tolist(), train.rationales, strict=True))[1] == "Near."
+    assert set(train.rationales) == {"", "Near."}
+    with pytest.raises(InputError, match="precedents 'calibration': mine has golden"):
+        data.precedents("calibration")
+
+
 def test_two_verticals_are_two_data_sets() -> None:
     data = load_folder(EXAMPLES)
     with pytest.raises(InputError, match="holds jobs and people: choose one, such as docs/examples:jobs"):

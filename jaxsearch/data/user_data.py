@@ -42,7 +42,8 @@ KINDS: dict[str, type[Record]] = {
 }
 """Kinds of files, in the order in which they are read: what is referred to comes first."""
 REQUIRED = ("documents", "queries")
-SPLITS = ("train", "dev", "test")
+SPLITS = ("train", "dev", "test", "calibration", "golden")
+"""The last two hold precedents: a judge is measured by their judgments and never learns from them."""
 MAX_KEPT = 1_000
 """Problems kept with their place; all are counted."""
 _SUFFIXES = (".jsonl", ".parquet")
@@ -180,22 +181,46 @@ def to_dataset(data: UserData, name: str, vertical: str = "") -> "Dataset":
     if not documents or not any(queries.values()):
         raise InputError(f"{name} has no documents or no queries of vertical {vertical!r}: use {present[0]}")
     row = {document.id: i for i, document in enumerate(documents)}
-    graded: dict[str, dict[int, int]] = {query.id: {} for query in chain(*queries.values())}
+    every = chain(*queries.values())
+    judged: dict[str, dict[int, Judgment]] = {query.id: {} for query in every}
     for judgment in data.judgments:
-        if judgment.query_id in graded:
-            graded[judgment.query_id][row[judgment.document_id]] = judgment.grade
+        if judgment.query_id in judged:
+            judged[judgment.query_id][row[judgment.document_id]] = judgment
     pages: dict[str, list[Impression]] = {}
     for shown in data.impressions:
-        if shown.query_id in graded:
+        if shown.query_id in judged:
             pages.setdefault(shown.query_id, []).append(shown)
-    pairs = []
-    for i, query in enumerate(queries["train"]):
-        known = graded[query.id]
-        rows = list(dict.fromkeys([*known, *(row[shown.document_id] for shown in pages.get(query.id, ()))]))
-        if rows:
-            grades = [known.get(document, -1) for document in rows]
-            pairs.append(Pairs(i, np.array(rows, np.int32), np.array(grades, np.int32)))
-    return Dataset(name, documents, queries, graded, pairs, pages)
+
+    def pairs(split: str, pages: Mapping[str, Sequence[Impression]]) -> list[Pairs]:
+        found = []
+        for i, query in enumerate(queries[split]):
+            known = judged[query.id]
+            rows = list(
+                dict.fromkeys([*known, *(row[shown.document_id] for shown in pages.get(query.id, ()))])
+            )
+            if rows:
+                grades = [known[n].grade if n in known else -1 for n in rows]
+                reasons = tuple(known[n].rationale if n in known else "" for n in rows)
+                found.append(
+                    Pairs(
+                        i,
+                        np.array(rows, np.int32),
+                        np.array(grades, np.int32),
+                        reasons if any(reasons) else (),
+                    )
+                )
+        return found
+
+    precedents = {split: pairs(split, {}) for split in ("calibration", "golden")}
+    return Dataset(
+        name,
+        documents,
+        queries,
+        {query: {n: judgment.grade for n, judgment in known.items()} for query, known in judged.items()},
+        pairs("train", pages),
+        pages,
+        precedent_pairs={split: found for split, found in precedents.items() if found},
+    )
 
 
 def split_of(query_id: str) -> str:

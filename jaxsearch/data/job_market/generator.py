@@ -445,14 +445,14 @@ class JobMarket:
             if len(good) == count and len(bad) == 2 * count:
                 break
             others = self._answers(self._variation(rng, need))
-            lost, won = np.flatnonzero(answers & ~others), np.flatnonzero(others & ~answers)
+            lost, won = np.flatnonzero(answers & ~others).tolist(), np.flatnonzero(others & ~answers).tolist()
             # What would not do for a search would not do for its variation either, or the two could not change places.
-            if others.sum() < _ENOUGH or not len(lost) or not len(won):
+            if others.sum() < _ENOUGH or not lost or not won:
                 continue
             if len(good) < count:
-                good[int(_pick(rng, lost))] = None
+                good[_pick(rng, lost)] = None
             if len(bad) < 2 * count:
-                bad[int(_pick(rng, won))] = None
+                bad[_pick(rng, won)] = None
         pairs = min(len(good), len(bad) // 2)
         return _sample(rng, [*list(good)[:pairs], *list(bad)[: 2 * pairs]], 3 * pairs)
 
