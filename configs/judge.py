@@ -3,7 +3,7 @@
     python train.py --config configs/judge.py:tiny --workdir runs/judge --task.model.init-from runs/base/model
     python train.py --config configs/judge.py:qwen3_8b --workdir runs/judge --task.model.init-from QWEN3_8B_FOLDER
 
-Hardware: tiny 2 CPU cores; smollm2_135m_8l (the first 8 layers) 2 CPU cores and an hour;
+Hardware: tiny 2 CPU cores; smollm2_135m_4l (the first 4 layers) 2 CPU cores and half an hour;
 qwen3_8b a v5p or v6e slice (mesh data x fsdp x tensor by `--mesh.*`).
 """
 
@@ -36,13 +36,13 @@ def _smollm2() -> TrainConfig:
         name="judge",
         task=JudgeConfig(
             data=DataConfig("onet_jobs"),
-            model=ModelConfig("smollm2_135m", layers=8, remat="full"),
+            model=ModelConfig("smollm2_135m", layers=4),
             prompt=PromptConfig("judge", chat="chatml", max_document_tokens=128),
-            candidates=8,
+            golden=("golden", "golden_unseen"),
         ),
-        steps=400,
-        batch_size=8,
-        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=30),
+        steps=120,
+        batch_size=4,
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=10),
     )
 
 
@@ -63,14 +63,14 @@ def _qwen3(preset: str) -> TrainConfig:
 
 
 def get_config(variant: str) -> TrainConfig:
-    """Variants: tiny (writes the grade alone), tiny_grade_first, tiny_rationale_first, smollm2_135m_8l, qwen3_1_7b, qwen3_8b."""
+    """Variants: tiny (writes the grade alone), tiny_grade_first, tiny_rationale_first, smollm2_135m_4l, qwen3_1_7b, qwen3_8b."""
     return pick(
         variant,
         {
             "tiny": lambda: _tiny("grade"),
             "tiny_grade_first": lambda: _tiny("grade_rationale"),
             "tiny_rationale_first": lambda: _tiny("rationale_grade"),
-            "smollm2_135m_8l": _smollm2,
+            "smollm2_135m_4l": _smollm2,
             "qwen3_1_7b": lambda: _qwen3("qwen3_1_7b"),
             "qwen3_8b": lambda: _qwen3("qwen3_8b"),
         },
