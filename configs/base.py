@@ -16,7 +16,11 @@ def _tiny(preset: str, steps: int) -> TrainConfig:
     return TrainConfig(
         name="base",
         task=LanguageModelConfig(
-            data=tiny_data(), model=ModelConfig(preset), prompt=tiny_prompt("ranker"), documents=3
+            data=tiny_data(),
+            model=ModelConfig(preset),
+            prompt=tiny_prompt("ranker"),
+            documents=3,
+            shuffle_fields=True,
         ),
         steps=steps,
         batch_size=48,
@@ -27,5 +31,5 @@ def _tiny(preset: str, steps: int) -> TrainConfig:
 def get_config(variant: str) -> TrainConfig:
     """Variants: tiny (teacher size), tiny_student."""
     return pick(
-        variant, {"tiny": lambda: _tiny("tiny", 240), "tiny_student": lambda: _tiny("tiny_student", 200)}
+        variant, {"tiny": lambda: _tiny("tiny", 240), "tiny_student": lambda: _tiny("tiny_student", 180)}
     )

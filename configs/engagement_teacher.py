@@ -21,7 +21,7 @@ def _tiny() -> TrainConfig:
             prompt=tiny_prompt("ranker", ("position", *TINY_SERVED)),
             candidates=10,
         ),
-        steps=130,
+        steps=110,
         batch_size=32,
         optimizer=tiny_optimizer(),
     )

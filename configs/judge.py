@@ -21,7 +21,7 @@ def _tiny(answer: str) -> TrainConfig:
     return TrainConfig(
         name="judge",
         task=JudgeConfig(data=tiny_data(), model=ModelConfig("tiny"), prompt=prompt, candidates=12),
-        steps=430,
+        steps=390,
         batch_size=32,
         optimizer=tiny_optimizer(),
     )

@@ -19,7 +19,7 @@ def _tiny() -> TrainConfig:
         task=RelevanceTeacherConfig(
             data=tiny_data(), model=ModelConfig("tiny"), prompt=tiny_prompt("ranker"), candidates=12
         ),
-        steps=150,
+        steps=120,
         batch_size=32,
         optimizer=tiny_optimizer(scale=0.4),
     )

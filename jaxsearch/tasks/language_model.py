@@ -4,6 +4,7 @@ A small decoder learns to match a query with a document much sooner from predict
 grades (one label a pair), so that every `:tiny` model starts from this one, as the larger ones start from Qwen3.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,9 @@ class LanguageModelConfig(TaskConfig):
     """Lowest grade of a document that follows a query."""
     documents: int = 4
     """Documents of one query in a batch."""
+    shuffle_fields: bool = False
+    """Put a document's fields into another order each time. In a fixed order the later fields of a small corpus are known by heart from the
+    earlier ones, and what is known by heart is not learned from the query."""
 
     def build(self, config: TrainConfig) -> "LanguageModelTask":
         """The task on its data."""
@@ -98,9 +102,20 @@ class LanguageModelTask(Task):
             example = self.examples[index]
             order = rng.permutation(len(example.documents))
             for i in range(self.config.documents):
-                document = example.documents[order[i % len(order)]]
-                sequences.append(self._prefixes[example.query] + self._documents[document])
+                document = int(example.documents[order[i % len(order)]])
+                ids = (
+                    self._shuffled(document, rng) if self.config.shuffle_fields else self._documents[document]
+                )
+                sequences.append(self._prefixes[example.query] + ids)
         return {"text": pad_prefixes(sequences, length=self._length)}
+
+    def _shuffled(self, row: int, rng: np.random.Generator) -> list[int]:
+        """Token ids of a document with its fields in another order, no more of them than in its own order."""
+        document, limit = self.data.documents[row], len(self._documents[row])
+        names = list(document.fields)
+        fields = {names[i]: document.fields[names[i]] for i in rng.permutation(len(names))}
+        (part,) = self._room.documents([dataclasses.replace(document, fields=fields)])
+        return [*part.ids[: limit - 1], self._room.end_id]
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """Mean over tokens, in nats."""
