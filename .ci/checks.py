@@ -22,6 +22,7 @@ def check_wheel(checkout: Path) -> None:
     wanted = [
         package / "data/job_market/policy_jobs.md",
         package / "data/job_market/policy_people.md",
+        package / "measurement/templates/agreement.html",
         onet / "rerank/lists.json",
         onet / "rerank/lists.npz",
     ]

@@ -23,7 +23,7 @@ def _tiny() -> TrainConfig:
             candidates=16,
             alpha=0.7,
         ),
-        steps=490,
+        steps=440,
         batch_size=32,
         optimizer=tiny_optimizer(),
     )

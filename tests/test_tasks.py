@@ -433,6 +433,27 @@ def listwise(log_odds: np.ndarray, p: np.ndarray, where: np.ndarray) -> float:
     return float(np.mean(losses))
 
 
+def test_the_base_model_reads_fields_in_any_order(world: Dataset) -> None:
+    fixed, shuffled = build("base", "--task.shuffle-fields", "False"), build("base")
+    orders = set()
+    for seed in range(12):
+        batch = shuffled.batch(np.array([0]), rngs(seed, 1))
+        plain = fixed.batch(np.array([0]), rngs(seed, 1))
+        same = shuffled.batch(np.array([0]), rngs(seed, 1))
+        np.testing.assert_array_equal(batch["text"].tokens, same["text"].tokens)
+        assert (batch["text"].where.sum(1) <= plain["text"].where.sum(1).max()).all()
+        for row, where in zip(*batch["text"], strict=True):
+            ids = row[where].tolist()
+            prefix = shuffled._prefixes[shuffled.examples[0].query]
+            assert ids[: len(prefix)] == prefix
+            assert ids[-1] == shuffled._room.end_id
+            orders.add(shuffled.start.tokenizer.decode(ids[len(prefix) : -1]).strip().split(";")[0])
+    firsts = {part.strip() for part in orders}
+    assert any("works" in first for first in firsts)
+    assert any("senior" in first for first in firsts)
+    assert any(first in ("austin", "boston") for first in firsts)
+
+
 def test_judge_loss(world: Dataset) -> None:
     task = build("judge", "--task.candidates", "5")
     batch = task.batch(np.array([0, 1]), rngs(0, 2))
