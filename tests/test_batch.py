@@ -36,7 +36,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def queries(tmp_path: Path) -> Path:
     """Eleven queries of various lengths: parts of 4, 4 and 3."""
     items = [query("x", i) for i in range(11)]
-    items[6] = Query("x6", "chef in Boston " * 12)
+    items[6] = Query("x6", "chef in Boston " * 11)
     write_lines(tmp_path / "q.jsonl", map(to_dict, items))
     return tmp_path / "q.jsonl"
 

@@ -182,6 +182,8 @@ def test_a_folder_becomes_records_in_order(folder: Path) -> None:
         "train": ["q1"],
         "dev": ["q2"],
         "test": ["q3"],
+        "calibration": [],
+        "golden": [],
     }
     assert data.judgments == [Judgment("q1", "d1", 4), Judgment("q2", "d3", 0)]
     assert data.impressions[0] == Impression("q1", "d1", 1, {"click": True, "apply": None})
