@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from machine import describe
+from record import append
 
 from jaxsearch.config import load_config
 from jaxsearch.data.datasets import Dataset
@@ -45,7 +46,7 @@ from jaxsearch.scoring.label import label
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
 from jaxsearch.serving.batch import RANKINGS, rank_file
 from jaxsearch.serving.bundle import Bundle, build_bundle, make_embedder, make_scorer
-from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
+from jaxsearch.tasks.base import DataConfig, open_data, precedent_count, ranking_metrics
 from jaxsearch.training.loop import run
 
 DEPTH = 30
@@ -101,8 +102,6 @@ class Demo:
     def label(self, name: str, model: Model, data: Dataset, per_query: int) -> str:
         """Score the training pairs into a store; a finished one is kept."""
         with self.stage(name):
-            folder = self.workdir / name.removesuffix("_labels") / "model"
-            require_agreement(folder, model, data, gate_of(model))
             report = label(model, data, self.workdir / name, per_query=per_query)
         return report.store
 
@@ -390,7 +389,7 @@ def scann_recall(evaluation: Evaluation) -> dict[str, float]:
 def judge_kappa(data: Dataset, judge: Model, limit: int) -> float:
     """Linear-weighted kappa on training pairs that are no precedents of the judge."""
     share = judge.contract.training["task"]["precedents"]
-    pairs = data.pairs[round(share * len(data.pairs)) :][:limit]
+    pairs = data.pairs[precedent_count(share, data) :][:limit]
     logits = make_scorer(judge, data.documents)(
         [data.queries["train"][p.query] for p in pairs], [p.documents for p in pairs]
     )
@@ -449,6 +448,7 @@ def main() -> int:
     gate = ["--task.minimum-kappa", "-1"] if options.steps < 0.5 else []
     gate = gate or (["--task.minimum-kappa", str(REAL_KAPPA)] if real else [])
     judge = demo.train("judge", "judge.py:tiny", "--task.model.init-from", str(workdir / "base/model"), *gate)
+    require_agreement(workdir / "judge/model", judge, data, gate_of(judge))
     labels = demo.label("judge_labels", judge, data, per_query=16)
     retriever = demo.train(
         "retriever",
@@ -536,10 +536,7 @@ def main() -> int:
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, workdir / "report.json")
     draw(workdir / "report.png", splits, demo.seconds)
-    if options.jsonl:
-        Path(options.jsonl).parent.mkdir(parents=True, exist_ok=True)
-        with open(options.jsonl, "a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
+    append(options.jsonl, [report])
     print(f"\n{total / 60:.1f} minutes; report: {workdir / 'report.json'}, figure: {workdir / 'report.png'}")
     return 0
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from machine import describe
+from record import append
 
 from jaxsearch.config import load_config
 from jaxsearch.data.datasets import Dataset, Pairs, load_dataset
@@ -59,19 +60,14 @@ class Bench:
 
     def record(self, **figures: Any) -> None:
         """Print a line and append it to the file."""
-        line = json.dumps(
-            {
-                "command": "python " + " ".join(sys.argv),
-                "dataset": self.data.name,
-                **figures,
-                "machine": self.machine,
-            }
-        )
-        print(line, flush=True)
-        if self.options.jsonl:
-            Path(self.options.jsonl).parent.mkdir(parents=True, exist_ok=True)
-            with open(self.options.jsonl, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        line = {
+            "command": "python " + " ".join(sys.argv),
+            "dataset": self.data.name,
+            **figures,
+            "machine": self.machine,
+        }
+        print(json.dumps(line), flush=True)
+        append(self.options.jsonl, [line])
 
 
 class Split:

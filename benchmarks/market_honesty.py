@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import append
 from scipy.sparse import hstack, identity
 from scipy.stats import spearmanr
 from sklearn.feature_extraction.text import HashingVectorizer
@@ -295,9 +296,7 @@ def main() -> None:
                 rows.append({"command": command, "dataset": data.name, **row})
                 if row["kind"] != "rate":
                     print(json.dumps({"dataset": data.name, **row}), flush=True)
-    if options.jsonl:
-        with options.jsonl.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    append(options.jsonl, rows)
     if options.figure:
         draw(options.figure, rows)
 

@@ -16,7 +16,6 @@ Ends with status 1 if any is not ok.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 import transformers
 from flax import nnx
 from gguf import GGUFReader
+from record import append
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -205,10 +205,7 @@ def main() -> None:
             if item in results[-1]:
                 print(f"  {item:40s} {results[-1][item]}")
         print("  ok" if results[-1]["ok"] else "  NOT OK", flush=True)
-    if options.jsonl:
-        options.jsonl.parent.mkdir(parents=True, exist_ok=True)
-        with options.jsonl.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(result) + "\n" for result in results)
+    append(options.jsonl, results)
     sys.exit(0 if all(result["ok"] for result in results) else 1)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import describe
+from record import append
 
 from jaxsearch.retrieval.exhaustive import ExhaustiveIndex
 from jaxsearch.retrieval.index import IndexParams, ScannIndex, recall
@@ -118,11 +119,9 @@ def main() -> None:
     name = args.name or (args.folder.name if args.folder else f"clustered, {args.latent} latent dimensions")
     about = describe()
     for row in measure(documents, queries, args.k, args.threads, args.kind):
-        line = json.dumps({"command": "python " + " ".join(sys.argv), "data": name, **row, "machine": about})
-        print(line, flush=True)
-        if args.jsonl:
-            with args.jsonl.open("a") as file:
-                file.write(line + "\n")
+        line = {"command": "python " + " ".join(sys.argv), "data": name, **row, "machine": about}
+        print(json.dumps(line), flush=True)
+        append(args.jsonl, [line])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 from machine import matmul_gflops
+from record import append
 
 from jaxsearch.data.datasets import load_dataset
 from jaxsearch.data.prompts import PromptConfig
@@ -82,10 +83,7 @@ def main() -> int:
         "matmul_gflops": round(matmul_gflops(), 1),
     }
     print(json.dumps(report, indent=1))
-    if options.jsonl:
-        Path(options.jsonl).parent.mkdir(parents=True, exist_ok=True)
-        with open(options.jsonl, "a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
+    append(options.jsonl, [report])
     return 0
 
 

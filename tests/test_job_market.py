@@ -15,7 +15,7 @@ import pytest
 from probes import alone
 
 from jaxsearch.data import job_market
-from jaxsearch.data.job_market import generator, job_market_dataset_builder, policy, templates
+from jaxsearch.data.job_market import draws, generator, job_market_dataset_builder, policy, templates
 from jaxsearch.data.job_market.generator import PAGE, SPLITS, VARIANTS, VERSION, JobMarket
 from jaxsearch.data.records import BUCKETS, Impression, Judgment, Query, to_dict, unique_ids
 from jaxsearch.data.tokenizer import train
@@ -417,12 +417,12 @@ def test_templates() -> None:
 
 def test_draws() -> None:
     rng = generator.random.Random(0)
-    assert sorted(generator._sample(rng, range(5), 9)) == [0, 1, 2, 3, 4]
-    assert generator._sample(rng, [], 3) == []
-    picks = [generator._weighted(rng, (0, 3, 1)) for _ in range(400)]
+    assert sorted(draws.sample(rng, range(5), 9)) == [0, 1, 2, 3, 4]
+    assert draws.sample(rng, [], 3) == []
+    picks = [draws.weighted(rng, (0, 3, 1)) for _ in range(400)]
     assert 0 not in picks
     assert 250 < picks.count(1) < 350
-    normal = np.array([generator._normal(rng) for _ in range(4_000)])
+    normal = np.array([draws.normal(rng) for _ in range(4_000)])
     assert abs(normal.mean()) < 0.06
     assert abs(normal.std() - 1) < 0.05
     assert 0.03 < (np.abs(normal) > 2).mean() < 0.06

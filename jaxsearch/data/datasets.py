@@ -142,22 +142,22 @@ def _job_market(variant: str, data_dir: str | Path | None) -> Dataset:
         tables.queries,
         {query: {m: judgment.grade for m, judgment in known.items()} for query, known in judged.items()},
         [
-            _reasoned_pairs(i, judged[query.id], [row[shown.document_id] for shown in pages[query.id]])
+            reasoned_pairs(i, judged[query.id], [row[shown.document_id] for shown in pages[query.id]])
             for i, query in enumerate(tables.queries["train"])
         ],
         pages,
         precedent_pairs={
-            split: [_reasoned_pairs(i, judged[query.id], []) for i, query in enumerate(tables.queries[split])]
+            split: [reasoned_pairs(i, judged[query.id], []) for i, query in enumerate(tables.queries[split])]
             for split in job_market.PRECEDENTS
         },
     )
 
 
-def _reasoned_pairs(query: int, judged: Mapping[int, Judgment], shown: Sequence[int]) -> Pairs:
-    """`_known_pairs` with the reasons that the judgments give."""
+def reasoned_pairs(query: int, judged: Mapping[int, Judgment], shown: Sequence[int]) -> Pairs:
+    """The judged documents (row -> judgment) with their reasons, then those that were shown without being judged."""
     pairs = _known_pairs(query, {row: judgment.grade for row, judgment in judged.items()}, shown)
-    reasons = (judged[row].rationale if row in judged else "" for row in pairs.documents.tolist())
-    return replace(pairs, rationales=tuple(reasons))
+    reasons = tuple(judged[row].rationale if row in judged else "" for row in pairs.documents.tolist())
+    return replace(pairs, rationales=reasons if any(reasons) else ())
 
 
 def _known_pairs(query: int, graded: Mapping[int, int], shown: Sequence[int]) -> Pairs:

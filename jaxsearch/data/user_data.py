@@ -15,8 +15,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from jaxsearch.data import jsonl, parquet
 from jaxsearch.data.jsonl import BadRow, printable
 from jaxsearch.data.records import (
@@ -167,7 +165,7 @@ def to_dataset(data: UserData, name: str, vertical: str = "") -> "Dataset":
     Raises:
       InputError: the data holds both verticals and none is chosen, or it has no documents or queries of the one chosen.
     """
-    from jaxsearch.data.datasets import Dataset, Pairs  # `datasets` imports this module
+    from jaxsearch.data.datasets import Dataset, Pairs, reasoned_pairs  # `datasets` imports this module
 
     present = sorted({document.vertical for document in data.documents})
     if not vertical and len(present) > 1:
@@ -192,24 +190,11 @@ def to_dataset(data: UserData, name: str, vertical: str = "") -> "Dataset":
             pages.setdefault(shown.query_id, []).append(shown)
 
     def pairs(split: str, pages: Mapping[str, Sequence[Impression]]) -> list[Pairs]:
-        found = []
-        for i, query in enumerate(queries[split]):
-            known = judged[query.id]
-            rows = list(
-                dict.fromkeys([*known, *(row[shown.document_id] for shown in pages.get(query.id, ()))])
-            )
-            if rows:
-                grades = [known[n].grade if n in known else -1 for n in rows]
-                reasons = tuple(known[n].rationale if n in known else "" for n in rows)
-                found.append(
-                    Pairs(
-                        i,
-                        np.array(rows, np.int32),
-                        np.array(grades, np.int32),
-                        reasons if any(reasons) else (),
-                    )
-                )
-        return found
+        found = (
+            reasoned_pairs(i, judged[query.id], [row[shown.document_id] for shown in pages.get(query.id, ())])
+            for i, query in enumerate(queries[split])
+        )
+        return [part for part in found if len(part.documents)]
 
     precedents = {split: pairs(split, {}) for split in ("calibration", "golden")}
     return Dataset(

@@ -177,6 +177,11 @@ def open_data(config: DataConfig) -> Dataset:
     return first
 
 
+def precedent_count(share: float, data: Dataset, least: int = 1) -> int:
+    """How many training queries, the first ones, are precedents: what base model, retriever and judge may learn grades from."""
+    return max(round(share * len(data.pairs)), least)
+
+
 def evaluation_lists(data: Dataset, split: str, queries: int) -> tuple[list[Query], list[np.ndarray]]:
     """The first queries of a split and the candidates to rank: the data set's own lists, else BM25's first 50."""
     chosen = list(data.queries[split])[:queries]

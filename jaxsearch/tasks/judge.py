@@ -23,7 +23,7 @@ from jaxsearch.models.contract import load_model
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.prefill import answer_hidden, read_labels
 from jaxsearch.scoring.records import JUDGE_LABELS, expected_grade, grade_probabilities
-from jaxsearch.tasks.base import open_data
+from jaxsearch.tasks.base import open_data, precedent_count
 from jaxsearch.tasks.cross_encoder import (
     NO_TOKEN,
     CrossEncoderConfig,
@@ -74,16 +74,20 @@ class JudgeTask(CrossEncoderTask):
 
     def __init__(self, config: JudgeConfig, train: TrainConfig, data: Dataset):
         super().__init__(config, train, data)
-        self._learned = precedent_count(config, data)
+        self._learned = self._precedent_count()
 
     def make_examples(self) -> list[Example]:
         """Graded candidates of the first share of training queries; of the others what a larger judge says, where there is one."""
-        count = precedent_count(self.config, self.data)
+        count = self._precedent_count()
         examples = [self._precedent(pairs) for pairs in self.data.pairs[:count]]
         if self.config.labels:
             found = store_targets(self.config.labels, self.data, "judge", JUDGE_LABELS)
             examples += [self._labelled(pairs, found) for pairs in self.data.pairs[count:]]
         return [example for example in examples if len(example.documents)]
+
+    def _precedent_count(self) -> int:
+        """At least one, unless a larger judge is learned from."""
+        return precedent_count(self.config.precedents, self.data, 0 if self.config.labels else 1)
 
     def _precedent(self, pairs: Pairs) -> Example:
         graded = np.flatnonzero(pairs.grades >= 0)
@@ -148,15 +152,12 @@ class JudgeTask(CrossEncoderTask):
     def export(self, model: Any, folder: Path, config: TrainConfig) -> None:
         """Write the model with its contract, and how far it agrees with the precedents it never saw."""
         super().export(model, folder, config)
+        judge = load_model(folder)
         for number, split in enumerate(self.config.golden):
             if split in self.data.precedent_pairs:
-                report = measure_judge(load_model(folder), self.data, split)
-                write_report(report, folder if number == 0 else folder / split)
-
-
-def precedent_count(config: JudgeConfig, data: Dataset) -> int:
-    """How many of the training queries are precedents; at least one, unless a larger judge is learned from."""
-    return max(round(config.precedents * len(data.pairs)), 0 if config.labels else 1)
+                write_report(
+                    measure_judge(judge, self.data, split), folder if number == 0 else folder / split
+                )
 
 
 def _answer_loss(model: Scorer, hidden: jax.Array, tokens: jax.Array, where: jax.Array) -> jax.Array:

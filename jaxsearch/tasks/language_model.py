@@ -23,7 +23,7 @@ from jaxsearch.models.attention import Causal
 from jaxsearch.models.contract import Contract, save_model
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.prefill import Prefix, pad_prefixes
-from jaxsearch.tasks.base import DataConfig, ModelConfig, check_prompt, load_start, open_data
+from jaxsearch.tasks.base import DataConfig, ModelConfig, check_prompt, load_start, open_data, precedent_count
 from jaxsearch.training.step import Batch, Losses
 from jaxsearch.training.task import Task
 
@@ -67,7 +67,7 @@ class LanguageModelTask(Task):
         self._room = check_prompt("prompt", config.prompt, "ranker", self.start.tokenizer)
         self._documents = [[*part.ids, self._room.end_id] for part in self._room.documents(data.documents)]
         self._prefixes = self._room.prefixes(data.queries["train"])
-        count = max(round(config.precedents * len(data.pairs)), 1)
+        count = precedent_count(config.precedents, data)
         self.examples = [
             _Example(p.query, p.documents[p.grades >= config.threshold])
             for p in data.pairs[:count]

@@ -26,6 +26,7 @@ from jaxsearch.tasks.base import (
     check_prompt,
     load_start,
     open_data,
+    precedent_count,
     ranking_metrics,
 )
 from jaxsearch.tasks.cross_encoder import store_targets
@@ -96,7 +97,7 @@ class RetrieverTask(Task):
 
     def _examples(self) -> list[Pairs]:
         """Queries with a positive; `Pairs.grades` holds the labels in use (a judge's are not whole numbers)."""
-        count = max(round(self.config.precedents * len(self.data.pairs)), 1)
+        count = precedent_count(self.config.precedents, self.data)
         chosen = self.data.pairs[:count]
         if self.config.labels:
             found = store_targets(self.config.labels, self.data, "judge", JUDGE_LABELS)

@@ -1,9 +1,7 @@
 """A seeded, deterministic job market: postings, searches, policy grades and impressions, generated from facts and templates.
 
-A posting or a search by itself must say nothing about a grade. So a good answer is drawn among those of a search that do not answer a
-variation of it (another place, level, skill, company or occupation), a bad one among those of a variation that do not answer the search. A
-search and its variation can change places: what is a good answer of the one is a bad answer of the other just as often. And every search
-has two bad answers for a good one.
+A posting or a search by itself must say nothing about a grade: graded pairs are drawn by `draws.exchange`, where a variation of a search
+asks for another place, level, skill, company or occupation.
 
 Everything follows from (`VERSION`, variant, seed): two machines make the same bytes. A change to what is generated needs a new
 `VERSION`, which is part of every data set's name, because models and figures made on one version say nothing of another.
@@ -12,15 +10,25 @@ Everything follows from (`VERSION`, variant, seed): two machines make the same b
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from jaxsearch.data.facts import Occupation, occupations
 from jaxsearch.data.job_market import policy, templates
+from jaxsearch.data.job_market.draws import (
+    exchange,
+    moment,
+    normal,
+    pick,
+    sample,
+    sigmoid,
+    split_of,
+    weighted,
+)
 from jaxsearch.data.records import Document, Impression, Judgment, Query
 
 VERSION = "v2"
@@ -37,7 +45,6 @@ _ASKED_LEVELS = (2, 1, 1, 2)
 and workplace types asked for evenly a posting by itself says nothing about its grade."""
 _ASKED = ("level", "city", "workplace", "skill", "company")
 """What a search may ask for beside the work, fields of `policy.Need`."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,37 +77,9 @@ VARIANTS = {
 }
 
 
-def _pick(rng: random.Random, items: Sequence[T]) -> T:
-    """One item; only `random()` is used, whose stream Python promises to keep."""
-    return items[int(rng.random() * len(items))]
-
-
-def _sample(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
-    """`count` different items (or all), in random order."""
-    return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))[:count]]
-
-
-def _weighted(rng: random.Random, weights: Sequence[float]) -> int:
-    threshold = rng.random() * sum(weights)
-    for index, weight in enumerate(weights):
-        threshold -= weight
-        if threshold < 0:
-            return index
-    return len(weights) - 1
-
-
 def _length(name: str) -> tuple[bool, int]:
     """Names of more than two words last."""
     return len(name.split()) > 2, len(name.split())
-
-
-def _normal(rng: random.Random) -> float:
-    """A standard normal number."""
-    return math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
 
 
 @dataclass(frozen=True)
@@ -149,12 +128,12 @@ class JobMarket:
         self.cities = templates.CITIES[: self.market.cities]
         rng = self._rng("companies", 0)
         self.companies = templates.company_names(self.market.companies, rng.random)
-        self._popularity = [_normal(rng) for _ in self.companies]
+        self._popularity = [normal(rng) for _ in self.companies]
         """Standard normal a company: what searchers like about it that no grade knows."""
         self._company_ctr = []
         for liked in self._popularity:
             shown = 60 + int(rng.random() * 240)
-            clicked = sum(rng.random() < _sigmoid(-1.4 + 0.8 * liked) for _ in range(shown))
+            clicked = sum(rng.random() < sigmoid(-1.4 + 0.8 * liked) for _ in range(shown))
             self._company_ctr.append((clicked + 4) / (shown + 20))
 
     def _rng(self, kind: str, index: int) -> random.Random:
@@ -180,7 +159,7 @@ class JobMarket:
     def titles(self) -> tuple[tuple[str, ...], ...]:
         """Titles in use for each occupation."""
         return tuple(
-            tuple(_sample(self._rng("titles", i), occupation.alternate_titles, self.market.titles))
+            tuple(sample(self._rng("titles", i), occupation.alternate_titles, self.market.titles))
             for i, occupation in enumerate(self.occupations)
         )
 
@@ -212,15 +191,15 @@ class JobMarket:
     def _make_posting(self, index: int) -> _Posting:
         rng = self._rng("posting", index)
         occupation = index % len(self.occupations)
-        level = _weighted(rng, (0.25, 0.25, 0.25, 0.25))
+        level = weighted(rng, (0.25, 0.25, 0.25, 0.25))
         base = 40 + 60 * self._rng("pay", occupation).random()
         return _Posting(
             occupation=occupation,
             level=level,
             city=int(rng.random() * len(self.cities)),
-            workplace=_weighted(rng, (1, 1, 1)),
+            workplace=weighted(rng, (1, 1, 1)),
             company=int(rng.random() * len(self.companies)),
-            skills=tuple(_sample(rng, self.technologies[occupation], self.market.named)),
+            skills=tuple(sample(rng, self.technologies[occupation], self.market.named)),
             salary=int(base * (0.75, 1.0, 1.3, 1.6)[level] * (0.85 + 0.3 * rng.random())),
             age_days=int(30 * rng.random() ** 2),
         )
@@ -254,7 +233,7 @@ class JobMarket:
     def _document(self, index: int, posting: _Posting) -> Document:
         rng = self._rng("text", index)
         level, workplace = policy.LEVELS[posting.level], policy.WORKPLACES[posting.workplace]
-        name = _pick(rng, self.titles[posting.occupation])
+        name = pick(rng, self.titles[posting.occupation])
         city, company = self.cities[posting.city], self.companies[posting.company]
         fewest, most = self.market.description
         fields = {
@@ -284,11 +263,8 @@ class JobMarket:
     # --- searches ------------------------------------------------------------------------------------------------
 
     def _split(self, index: int) -> str:
-        if index >= self.market.searches:
-            calibration = index - self.market.searches < 0.4 * self.market.precedents
-            return "calibration" if calibration else "golden"
-        draw = self._rng("split", index).random()
-        return "train" if draw < 0.8 else "dev" if draw < 0.86 else "test"
+        beyond = index - self.market.searches
+        return split_of(beyond, self.market.precedents, self._rng("split", index).random())
 
     @cached_property
     def _searches(self) -> list[_Search]:
@@ -296,7 +272,7 @@ class JobMarket:
 
     def _make_search(self, index: int) -> _Search:
         rng = self._rng("search", index)
-        place = _weighted(rng, (0.24, 0.33, 0.33, 0.1))
+        place = weighted(rng, (0.24, 0.33, 0.33, 0.1))
         asked = {
             name
             for name, chosen in (
@@ -317,8 +293,8 @@ class JobMarket:
         base = 40 + 60 * self._rng("pay", target).random()
         wanted = int(base * (0.7 + 0.6 * rng.random()) * (1.3 if need.level in (2, 3) else 1.0))
         related = np.flatnonzero(self.tiers[target] >= 2).tolist()
-        held = target if rng.random() < 0.5 else _pick(rng, related)
-        return _Search(need, wanted, _pick(rng, self.titles[held]), home, told=rng.random() < 0.15)
+        held = target if rng.random() < 0.5 else pick(rng, related)
+        return _Search(need, wanted, pick(rng, self.titles[held]), home, told=rng.random() < 0.15)
 
     def _draw_need(self, rng: random.Random, asked: Collection[str]) -> policy.Need:
         """Any need that asks for these things."""
@@ -330,14 +306,14 @@ class JobMarket:
     def _draw(self, rng: random.Random, name: str, occupation: int) -> Any:
         """What somebody who looks for this work may ask for."""
         if name == "level":
-            return _weighted(rng, _ASKED_LEVELS)
+            return weighted(rng, _ASKED_LEVELS)
         if name == "city":
             return int(rng.random() * len(self.cities))
         if name == "workplace":
-            return _weighted(rng, (1, 1, 1))
+            return weighted(rng, (1, 1, 1))
         if name == "skill":
-            return _pick(rng, self.technologies[occupation])
-        return _pick(rng, self._hiring[occupation]) if self._hiring[occupation] else None
+            return pick(rng, self.technologies[occupation])
+        return pick(rng, self._hiring[occupation]) if self._hiring[occupation] else None
 
     def _variation(self, rng: random.Random, need: policy.Need) -> policy.Need:
         """A like search: mostly one thing asked for is another, otherwise everything. The way back is as likely as the way there."""
@@ -347,11 +323,11 @@ class JobMarket:
         place = int(rng.random() * (1 + len(asked)))
         if place < len(asked):
             return dataclasses.replace(need, **{asked[place]: self._draw(rng, asked[place], need.occupation)})
-        other = self._neighbour(rng, need.occupation)
+        other = self.neighbour(rng, need.occupation)
         bound = {name: self._draw(rng, name, other) for name in ("skill", "company") if name in asked}
         return dataclasses.replace(need, occupation=other, **bound)
 
-    def _neighbour(self, rng: random.Random, occupation: int) -> int:
+    def neighbour(self, rng: random.Random, occupation: int) -> int:
         """Another occupation, half of the time a related one.
 
         Every occupation has the same number of places for related ones, empty ones included, so that the way back is as likely.
@@ -387,7 +363,7 @@ class JobMarket:
         need = search.need
         write = templates.need_text if search.told else templates.search_text
         text = write(
-            _pick(rng, self.titles[need.occupation]),
+            pick(rng, self.titles[need.occupation]),
             level=None if need.level is None else policy.LEVELS[need.level],
             city=None if need.city is None else self.cities[need.city],
             workplace=None if need.workplace is None else policy.WORKPLACES[need.workplace],
@@ -435,26 +411,16 @@ class JobMarket:
         return result
 
     def _sampled(self, index: int, row: np.ndarray) -> list[int]:
-        """Postings worth a grade, as the head of this file explains, in random order."""
+        """Postings worth a grade (see `draws.exchange`)."""
         rng, need = self._rng("judged", index), self._searches[index].need
-        answers = row > 2
-        count = min(self.market.good, int(answers.sum()))
-        good: dict[int, None] = {}
-        bad: dict[int, None] = {}
-        for _ in range(_TRIES):
-            if len(good) == count and len(bad) == 2 * count:
-                break
-            others = self._answers(self._variation(rng, need))
-            lost, won = np.flatnonzero(answers & ~others).tolist(), np.flatnonzero(others & ~answers).tolist()
-            # What would not do for a search would not do for its variation either, or the two could not change places.
-            if others.sum() < _ENOUGH or not lost or not won:
-                continue
-            if len(good) < count:
-                good[_pick(rng, lost)] = None
-            if len(bad) < 2 * count:
-                bad[_pick(rng, won)] = None
-        pairs = min(len(good), len(bad) // 2)
-        return _sample(rng, [*list(good)[:pairs], *list(bad)[: 2 * pairs]], 3 * pairs)
+        return exchange(
+            rng,
+            row > 2,
+            lambda: self._answers(self._variation(rng, need)),
+            good=self.market.good,
+            enough=_ENOUGH,
+            tries=_TRIES,
+        )
 
     # --- impressions ---------------------------------------------------------------------------------------------
 
@@ -467,15 +433,14 @@ class JobMarket:
         rng = self._rng("page", index)
         row, search = self.grade_row(index), self._searches[index]
         title = self.tiers[search.need.occupation, self._columns.occupation]
-        pool = _sample(rng, np.flatnonzero(title > 0).tolist(), 40)
-        pool += [m for m in _sample(rng, range(len(row)), 20) if title[m] == 0]
+        pool = sample(rng, np.flatnonzero(title > 0).tolist(), 40)
+        pool += [m for m in sample(rng, range(len(row)), 20) if title[m] == 0]
 
         def logged(m: int) -> float:
-            return 0.35 * row[m] + 0.3 * self._popularity[self._postings[m].company] + 0.8 * _normal(rng)
+            return 0.35 * row[m] + 0.3 * self._popularity[self._postings[m].company] + 0.8 * normal(rng)
 
         page = [m for _, m in sorted(((logged(m), m) for m in pool), reverse=True)[:PAGE]]
-        day = 1 + int(rng.random() * 28)
-        stamp = f"2026-06-{day:02d}T{int(rng.random() * 24):02d}:{int(rng.random() * 60):02d}:00Z"
+        stamp = moment(rng)
         return [
             Impression(
                 query_id, f"p{m:05d}", position, self._actions(rng, search, m, int(row[m]), position), stamp
@@ -492,13 +457,11 @@ class JobMarket:
         pays = posting.salary >= search.wanted_salary
         fresh = math.exp(-posting.age_days / 7)
         looked = rng.random() < position**-0.4
-        click = looked and rng.random() < _sigmoid(
-            -2.9 + 0.7 * grade + 1.1 * liked + 0.9 * pays + 0.9 * fresh
-        )
-        apply = click and rng.random() < _sigmoid(-2.6 + 0.5 * grade + 1.4 * pays + 0.4 * liked)
-        shortlist = click and rng.random() < _sigmoid(-2.6 + 0.4 * grade + 0.6 * liked)
-        dismiss = looked and not click and rng.random() < _sigmoid(-1.2 - 0.8 * grade - 0.4 * liked)
-        bad_fit = (rng.random() < _sigmoid(0.2 - 0.9 * grade - 0.8 * pays)) if click else None
+        click = looked and rng.random() < sigmoid(-2.9 + 0.7 * grade + 1.1 * liked + 0.9 * pays + 0.9 * fresh)
+        apply = click and rng.random() < sigmoid(-2.6 + 0.5 * grade + 1.4 * pays + 0.4 * liked)
+        shortlist = click and rng.random() < sigmoid(-2.6 + 0.4 * grade + 0.6 * liked)
+        dismiss = looked and not click and rng.random() < sigmoid(-1.2 - 0.8 * grade - 0.4 * liked)
+        bad_fit = (rng.random() < sigmoid(0.2 - 0.9 * grade - 0.8 * pays)) if click else None
         return {
             "click": click,
             "apply": apply,

@@ -3,10 +3,8 @@
 Occupations, titles, technologies, cities and companies are those of `generator.JobMarket`. Everything follows from (both versions, variant,
 seed). No name belongs to anybody: see `people_templates`.
 
-A document or a query by itself must say nothing about a grade. So a good answer is drawn among those of a search that do not answer a
-variation of it (another city, company, skill, occupation or name), a bad one among those of a variation that do not answer the search. A
-search and its variation can change places: who is a good answer of the one is a bad answer of the other just as often. And every search
-has two bad answers for a good one.
+A member or a search by itself must say nothing about a grade: graded pairs are drawn by `draws.exchange`, where a variation of a search
+asks for another city, company, skill, occupation or name.
 """
 
 import math
@@ -19,16 +17,17 @@ import numpy as np
 
 from jaxsearch.data.job_market import people_templates as templates
 from jaxsearch.data.job_market import policy_people as policy
-from jaxsearch.data.job_market.generator import (
-    PAGE,
-    SPLITS,
-    JobMarket,
-    _normal,
-    _pick,
-    _sample,
-    _sigmoid,
-    _weighted,
+from jaxsearch.data.job_market.draws import (
+    exchange,
+    moment,
+    normal,
+    pick,
+    sample,
+    sigmoid,
+    split_of,
+    weighted,
 )
+from jaxsearch.data.job_market.generator import PAGE, SPLITS, JobMarket
 from jaxsearch.data.network import CONNECTIONS
 from jaxsearch.data.records import BUCKETS, Document, Impression, Judgment, Query
 
@@ -144,33 +143,14 @@ class PeopleMarket:
         """Companies that employ each occupation."""
         companies = range(len(self.world.companies))
         return [
-            _sample(self._rng("employers", i), companies, self.network.employers)
+            sample(self._rng("employers", i), companies, self.network.employers)
             for i in range(len(self.world.occupations))
         ]
 
     @cached_property
-    def _near(self) -> list[list[int]]:
-        """Occupations that are related with each, in either direction."""
-        related = (self.world.tiers > 0) | (self.world.tiers > 0).T
-        np.fill_diagonal(related, False)
-        return [np.flatnonzero(row).tolist() for row in related]
-
-    def _neighbour(self, rng: random.Random, occupation: int) -> int:
-        """Another occupation, half of the time a related one.
-
-        Every occupation has the same number of places for related ones, empty ones included, so that the way back is as likely.
-        """
-        if rng.random() < 0.5:
-            place = int(rng.random() * max(map(len, self._near)))
-            if place < len(self._near[occupation]):
-                return self._near[occupation][place]
-        other = int(rng.random() * (len(self._near) - 1))
-        return other + (other >= occupation)
-
-    @cached_property
     def _members(self) -> list[_Member]:
         count = self.network.members
-        work, named = (_sample(self._rng(kind, 0), range(count), count) for kind in ("work", "named"))
+        work, named = (sample(self._rng(kind, 0), range(count), count) for kind in ("work", "named"))
         return [self._make_member(i, work[i], named[i]) for i in range(count)]
 
     def _make_member(self, index: int, work: int, named: int) -> _Member:
@@ -180,23 +160,23 @@ class PeopleMarket:
         name = named % (network.first_names * network.surnames)
         before = policy.NOBODY
         if rng.random() < 0.6:
-            before = occupation if rng.random() < 0.5 else self._neighbour(rng, occupation)
-        company = _pick(rng, self.employers[occupation])
+            before = occupation if rng.random() < 0.5 else self.world.neighbour(rng, occupation)
+        company = pick(rng, self.employers[occupation])
         known = before != policy.NOBODY
-        liked, shown = _normal(rng), 60 + int(rng.random() * 240)
-        asked = sum(rng.random() < _sigmoid(-1.4 + 0.8 * liked) for _ in range(shown))
+        liked, shown = normal(rng), 60 + int(rng.random() * 240)
+        asked = sum(rng.random() < sigmoid(-1.4 + 0.8 * liked) for _ in range(shown))
         return _Member(
             occupation=occupation,
             company=company,
             years=1 + int(10 * rng.random() ** 2),
             earlier_occupation=before,
-            earlier_company=_pick(rng, self.employers[before]) if known else policy.NOBODY,
+            earlier_company=pick(rng, self.employers[before]) if known else policy.NOBODY,
             earlier_years=1 + int(8 * rng.random() ** 2),
             city=int(rng.random() * len(self.world.cities)),
             first=name % network.first_names,
             surname=name // network.first_names,
             school=int(rng.random() * network.schools),
-            skills=tuple(_sample(rng, self.world.technologies[occupation], network.named)),
+            skills=tuple(sample(rng, self.world.technologies[occupation], network.named)),
             active_days=int(30 * rng.random() ** 2),
             liked=liked,
             connect_rate=(asked + 4) / (shown + 20),
@@ -227,7 +207,7 @@ class PeopleMarket:
             np.flatnonzero(columns.occupation == occupation).tolist(),
             range(self.network.members),
         )
-        return [_pick(rng, circles[i % 3] or circles[2]) for i in range(count)]
+        return [pick(rng, circles[i % 3] or circles[2]) for i in range(count)]
 
     @cached_property
     def _connections(self) -> list[set[int]]:
@@ -254,7 +234,7 @@ class PeopleMarket:
         held = [(member.occupation, member.company, member.years)]
         if member.earlier_occupation != policy.NOBODY:
             held.append((member.earlier_occupation, member.earlier_company, member.earlier_years))
-        positions = [templates.position(_pick(rng, titles[o]), companies[c], years) for o, c, years in held]
+        positions = [templates.position(pick(rng, titles[o]), companies[c], years) for o, c, years in held]
         city, company, school = (
             world.cities[member.city],
             companies[member.company],
@@ -265,7 +245,7 @@ class PeopleMarket:
             vertical="people",
             fields={
                 "location": city,
-                "headline": _pick(rng, titles[member.occupation]),
+                "headline": pick(rng, titles[member.occupation]),
                 "positions": ", earlier ".join(positions),
                 "skills": ", ".join(member.skills),
                 "education": school,
@@ -288,10 +268,7 @@ class PeopleMarket:
 
     def _split(self, index: int) -> str:
         beyond = index - self.network.searches
-        if beyond >= 0:
-            return "calibration" if beyond < 0.4 * self.network.precedents else "golden"
-        draw = self._rng("split", index).random()
-        return "train" if draw < 0.8 else "dev" if draw < 0.86 else "test"
+        return split_of(beyond, self.network.precedents, self._rng("split", index).random())
 
     @cached_property
     def _searches(self) -> list[_Search]:
@@ -299,7 +276,7 @@ class PeopleMarket:
 
     def _make_search(self, index: int) -> _Search:
         rng = self._rng("search", index)
-        bucket = BUCKETS[_weighted(rng, [_BUCKET_ODDS[name] for name in BUCKETS])]
+        bucket = BUCKETS[weighted(rng, [_BUCKET_ODDS[name] for name in BUCKETS])]
         need = self._need(rng, bucket)
         own = int(rng.random() * len(self.world.occupations))
         if need.occupation is not None and rng.random() < 0.5:
@@ -307,7 +284,7 @@ class PeopleMarket:
         home = int(rng.random() * len(self.world.cities))
         if need.city is not None and rng.random() < 0.5:
             home = need.city
-        company = _pick(rng, self.employers[own])
+        company = pick(rng, self.employers[own])
         known = dict.fromkeys(self._acquaintances(rng, self.network.known, own, company))
         return _Search(need, bucket, own, company, home, tuple(known))
 
@@ -315,7 +292,7 @@ class PeopleMarket:
         """A need of this kind, drawn again until enough members answer it."""
         for _ in range(_DRAWS):
             need = self._draw_need(rng, bucket)
-            if len(self._answers(need)) >= self.network.enough:
+            if self._answers(need).sum() >= self.network.enough:
                 return need
         raise ValueError(
             f"no search of bucket {bucket!r} is answered by {self.network.enough} of {self.network.members} members: lower `enough`"
@@ -332,12 +309,12 @@ class PeopleMarket:
             bucket, ("city",)
         )
         if bucket == "need":
-            beside = _pick(rng, _ASKED_BESIDE)
+            beside = pick(rng, _ASKED_BESIDE)
         skills = world.technologies[occupation] or ("",)
         return policy.Need(
             occupation=occupation,
-            company=_pick(rng, self.employers[occupation]) if "company" in beside else None,
-            skill=_pick(rng, skills) if "skill" in beside else None,
+            company=pick(rng, self.employers[occupation]) if "company" in beside else None,
+            skill=pick(rng, skills) if "skill" in beside else None,
             city=int(rng.random() * len(world.cities)) if "city" in beside else None,
         )
 
@@ -353,11 +330,11 @@ class PeopleMarket:
         asked = [name for name in ("company", "skill", "city") if getattr(need, name) is not None]
         place = int(rng.random() * (1 + len(asked)))
         if place == len(asked):
-            return replace(need, occupation=self._neighbour(rng, need.occupation))
+            return replace(need, occupation=self.world.neighbour(rng, need.occupation))
         if asked[place] == "company":
-            return replace(need, company=_pick(rng, self.employers[need.occupation]))
+            return replace(need, company=pick(rng, self.employers[need.occupation]))
         if asked[place] == "skill":
-            return replace(need, skill=_pick(rng, self.world.technologies[need.occupation]))
+            return replace(need, skill=pick(rng, self.world.technologies[need.occupation]))
         return replace(need, city=int(rng.random() * len(self.world.cities)))
 
     @cached_property
@@ -378,7 +355,7 @@ class PeopleMarket:
             assert need.occupation is not None
             write = templates.need_text if search.bucket == "need" else templates.search_text
             text = write(
-                _pick(rng, world.titles[need.occupation]),
+                pick(rng, world.titles[need.occupation]),
                 company=None if need.company is None else world.companies[need.company],
                 skill=need.skill,
                 city=None if need.city is None else world.cities[need.city],
@@ -390,7 +367,7 @@ class PeopleMarket:
             vertical="people",
             bucket=search.bucket,
             searcher={
-                "headline": _pick(rng, world.titles[search.occupation]),
+                "headline": pick(rng, world.titles[search.occupation]),
                 "location": world.cities[search.home],
                 "company": world.companies[search.company],
                 CONNECTIONS: _ids(search.known),
@@ -403,9 +380,9 @@ class PeopleMarket:
         return policy.components(need, self._columns, self.world.tiers)
 
     def _answers(self, need: policy.Need) -> np.ndarray:
-        """Rows of the members graded above 2."""
+        """bool [M], the members graded above 2."""
         if need not in self._good:
-            self._good[need] = np.flatnonzero(policy.grades(self._parts(need)) > 2)
+            self._good[need] = policy.grades(self._parts(need)) > 2
         return self._good[need]
 
     def grade_row(self, index: int) -> np.ndarray:
@@ -433,28 +410,16 @@ class PeopleMarket:
         return result
 
     def _sampled(self, index: int) -> list[int]:
-        """Members worth a grade, as the head of this file explains, in random order."""
+        """Members worth a grade (see `draws.exchange`)."""
         rng, search = self._rng("judged", index), self._searches[index]
-        answers = self._answers(search.need)
-        count = min(self.network.good, len(answers))
-        good: dict[int, None] = {}
-        bad: dict[int, None] = {}
-        for _ in range(_TRIES):
-            if len(good) == count and len(bad) == 2 * count:
-                break
-            others = self._answers(self._variation(rng, search.need, search.bucket))
-            lost = np.setdiff1d(answers, others, assume_unique=True).tolist()
-            won = np.setdiff1d(others, answers, assume_unique=True).tolist()
-            # What would not do for a search would not do for its variation either, or the two could not change places.
-            if len(others) < self.network.enough or not lost or not won:
-                continue
-            if len(good) < count:
-                good[_pick(rng, lost)] = None
-            if len(bad) < 2 * count:
-                bad[_pick(rng, won)] = None
-        pairs = min(len(good), len(bad) // 2)
-        chosen = [*list(good)[:pairs], *list(bad)[: 2 * pairs]]
-        return _sample(rng, chosen, len(chosen))
+        return exchange(
+            rng,
+            self._answers(search.need),
+            lambda: self._answers(self._variation(rng, search.need, search.bucket)),
+            good=self.network.good,
+            enough=self.network.enough,
+            tries=_TRIES,
+        )
 
     # --- impressions ---------------------------------------------------------------------------------------------
 
@@ -473,17 +438,16 @@ class PeopleMarket:
         rng = self._rng("page", index)
         row, search = self.grade_row(index), self._searches[index]
         right, some = np.flatnonzero(row > 2).tolist(), np.flatnonzero((row > 0) & (row <= 2)).tolist()
-        pool = _sample(rng, right, 16) + _sample(rng, some, 24)
+        pool = sample(rng, right, 16) + sample(rng, some, 24)
         pool += [m for m in search.known if row[m] > 0 and m not in pool]
-        pool += [m for m in _sample(rng, range(len(row)), 20) if row[m] == 0]
+        pool += [m for m in sample(rng, range(len(row)), 20) if row[m] == 0]
 
         def logged(m: int) -> float:
             near = (0.6, 0.4, 0.0)[self._distance(search, m) - 1]
-            return 0.35 * row[m] + 0.3 * self._members[m].liked + near + 0.8 * _normal(rng)
+            return 0.35 * row[m] + 0.3 * self._members[m].liked + near + 0.8 * normal(rng)
 
         page = [m for _, m in sorted(((logged(m), m) for m in pool), reverse=True)[:PAGE]]
-        day = 1 + int(rng.random() * 28)
-        stamp = f"2026-06-{day:02d}T{int(rng.random() * 24):02d}:{int(rng.random() * 60):02d}:00Z"
+        stamp = moment(rng)
         return [
             Impression(
                 query_id,
@@ -506,12 +470,12 @@ class PeopleMarket:
         member, degree = self._members[m], self._distance(search, m)
         liked, recent = member.liked, math.exp(-member.active_days / 7)
         looked = rng.random() < position**-0.4
-        read = looked and rng.random() < _sigmoid(
+        read = looked and rng.random() < sigmoid(
             -2.7 + 0.7 * grade + 0.9 * liked + (0.9, 0.5, 0.0)[degree - 1] + 0.4 * recent
         )
-        connect = read and rng.random() < _sigmoid(-2.2 + 0.4 * grade + 0.5 * liked + 1.1 * (degree == 2))
-        follow = read and rng.random() < _sigmoid(-5.4 + 0.2 * grade + 1.2 * liked)
-        message = read and rng.random() < _sigmoid(-6.0 + 0.5 * grade + 1.4 * recent + 0.7 * (degree == 1))
+        connect = read and rng.random() < sigmoid(-2.2 + 0.4 * grade + 0.5 * liked + 1.1 * (degree == 2))
+        follow = read and rng.random() < sigmoid(-5.4 + 0.2 * grade + 1.2 * liked)
+        message = read and rng.random() < sigmoid(-6.0 + 0.5 * grade + 1.4 * recent + 0.7 * (degree == 1))
         return {
             "long_dwell": read,
             "connect": None if degree == 1 else connect,

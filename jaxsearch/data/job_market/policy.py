@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,15 @@ class Postings:
     skills: tuple[frozenset[str], ...]
     company: np.ndarray
 
+    @cached_property
+    def _named(self) -> dict[str, np.ndarray]:
+        return {}
+
     def named(self, skill: str) -> np.ndarray:
         """int [M], 1 where a posting names the skill; kept, since the same few are asked for again and again."""
-        kept = self.__dict__.setdefault("_named", {})
-        if skill not in kept:
-            kept[skill] = np.array([skill in held for held in self.skills], np.int64)
-        return kept[skill]
+        if skill not in self._named:
+            self._named[skill] = np.array([skill in held for held in self.skills], np.int64)
+        return self._named[skill]
 
 
 def components(need: Need, postings: Postings, tiers: np.ndarray) -> dict[str, np.ndarray]:
