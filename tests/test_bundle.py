@@ -136,7 +136,7 @@ def test_what_cannot_be_built(funnel: Funnel, tmp_path: Path) -> None:
     assert (tmp_path / "letters" / "love.txt").read_text() == "keep me"
 
 
-def test_a_build_that_stops_leaves_no_bundle(
+def test_a_build_that_stops_leaves_what_was_there(
     funnel: Funnel, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
@@ -147,8 +147,15 @@ def test_a_build_that_stops_leaves_no_bundle(
         build_bundle(
             copy, load_model(funnel.model("ranker")), load_model(funnel.model("retriever")), documents()[:3]
         )
+    monkeypatch.undo()
+    assert Bundle.open(copy).documents == documents()  # the bundle that was there
     with pytest.raises(BundleError, match=r"holds no bundle\.json: make one with `serve\.py build`"):
-        Bundle.open(copy)
+        Bundle.open(copy.with_name(copy.name + ".building"))
+    build_bundle(
+        copy, load_model(funnel.model("ranker")), load_model(funnel.model("retriever")), documents()[:3]
+    )
+    assert Bundle.open(copy).documents == documents()[:3]
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
 
 
 # --- what is not opened ----------------------------------------------------------------------------------------------

@@ -54,7 +54,9 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, words: str) -> None:
 
 def test_at_most_ten_bad_lines_are_shown_and_all_counted(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_bytes(b"nope\n" * 25)
-    with pytest.raises(RecordError, match="has 25 bad lines") as caught:
+    with pytest.raises(
+        RecordError, match=r"has 25 bad lines, mend or remove them \(the first 10 are shown\)"
+    ) as caught:
         read_records(tmp_path / "q.jsonl", Query)
     assert len(str(caught.value).splitlines()) == 11
 

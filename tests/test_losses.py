@@ -32,6 +32,8 @@ CASES = {
     "binary_kl": ((), lambda x, where: losses.binary_kl(x, SOFT, where=where)),
     "binary_kl_softened": ((), lambda x, where: losses.binary_kl(x, SOFT, where=where, temperature=3.0)),
     "softmax_listwise": ((), lambda x, where: losses.softmax_listwise(x, GRADES, where=where)),
+    "listwise_kl": ((), lambda x, where: losses.listwise_kl(x, GRADES, where=where)),
+    "listwise_kl_sharp": ((), lambda x, where: losses.listwise_kl(x, GRADES, where=where, temperature=0.5)),
     "pairwise_logistic": ((), lambda x, where: losses.pairwise_logistic(x, GRADES, where=where)),
     "pairwise_margin": ((), lambda x, where: losses.pairwise_margin(x, -x, margin=1.0, where=where)),
     "token_cross_entropy": (
@@ -139,6 +141,7 @@ def per_example(name):
         "softmax_listwise": lambda x: losses.softmax_listwise(
             x, spread(t, x), where=spread(w, x), reduction="none"
         ),
+        "listwise_kl": lambda x: losses.listwise_kl(x, spread(t, x), where=spread(w, x), reduction="none"),
         "pairwise_logistic": lambda x: losses.pairwise_logistic(
             x, spread(t, x), where=spread(w, x), reduction="none"
         ),
@@ -157,6 +160,7 @@ def per_example(name):
         "soft_label_kl",
         "binary_kl",
         "softmax_listwise",
+        "listwise_kl",
         "pairwise_logistic",
         "pairwise_margin",
         "action_loss",
@@ -273,6 +277,36 @@ def test_pairwise_logistic_by_hand():
 
     expected = (pair(1.0, 2.0) + pair(1.0, 0.5) + pair(0.5, 2.0)) / 3
     np.testing.assert_allclose(losses.pairwise_logistic(scores, labels, where=where), expected, rtol=1e-6)
+
+
+def test_listwise_kl_by_hand():
+    scores = jnp.log(jnp.array([[1.0, 3.0, 5.0], [1.0, 1.0, 1.0]]))
+    teacher = jnp.log(jnp.array([[1.0, 1.0, 7.0], [2.0, 1.0, 1.0]]))
+    where = jnp.array([[True, True, False], [True, False, False]])
+    sharp = 0.25 * (0.5 * math.log(0.5 / 0.1) + 0.5 * math.log(0.5 / 0.9))  # squares: 1 and 9 of 10
+    for temperature, expected in (
+        (1.0, 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)),
+        (0.5, sharp),
+    ):
+        # A list of one item has no order: it counts neither in the value nor in the mean.
+        found = losses.listwise_kl(scores, teacher, where=where, temperature=temperature, reduction="none")
+        np.testing.assert_allclose(found, [expected, 0], rtol=1e-5)
+        np.testing.assert_allclose(
+            losses.listwise_kl(scores, teacher, where=where, temperature=temperature), expected, rtol=1e-5
+        )
+
+
+def test_listwise_kl_knows_no_level_and_is_least_at_the_teachers_scores():
+    teacher = jnp.array([[0.3, -1.0, 2.0, 0.5]])
+    where = jnp.ones((1, 4), bool)
+
+    def loss(scores):
+        return losses.listwise_kl(scores, teacher, where=where, temperature=0.3)
+
+    value, gradient = jax.value_and_grad(loss)(teacher + 5)
+    np.testing.assert_allclose(value, 0, atol=1e-6)
+    np.testing.assert_allclose(gradient, np.zeros((1, 4)), atol=1e-6)
+    assert loss(teacher.at[0, 1].add(0.5)) > 1e-5
 
 
 def test_ranking_losses_have_a_gradient_at_ties():
@@ -403,6 +437,10 @@ def test_bad_arguments_are_named():
         losses.softmax_listwise(x, x[0], where=where)
     with pytest.raises(ValueError, match=r"temperature is 0\.0"):
         losses.binary_kl(x, x, where=where, temperature=0.0)
+    with pytest.raises(ValueError, match=r"temperature is -1"):
+        losses.listwise_kl(x, x, where=where, temperature=-1)
+    with pytest.raises(ValueError, match=r"teacher_scores has shape \(4,\)"):
+        losses.listwise_kl(x, x[0], where=where)
     with pytest.raises(ValueError, match=r"task_weights has shape \(3,\)"):
         losses.action_loss(x, x, where=where, task_weights=WEIGHTS)
     with pytest.raises(ValueError, match="reduction is 'average'"):

@@ -41,9 +41,9 @@ def test_build_then_batch(funnel: Funnel, tmp_path: Path, capsys: pytest.Capture
         "2",
     ]
     assert main(options) == 0
-    assert capsys.readouterr().out == f"{out}: 3 queries, 0 of them from an earlier run\n"
+    assert capsys.readouterr().out == f"{out}: 3 queries, 0 of them from an earlier run, 0 without a result\n"
     assert main(options) == 0
-    assert capsys.readouterr().out == f"{out}: 3 queries, 3 of them from an earlier run\n"
+    assert capsys.readouterr().out == f"{out}: 3 queries, 3 of them from an earlier run, 0 without a result\n"
     rows = [json.loads(line) for line in (tmp_path / "out" / "rankings.jsonl").read_text().splitlines()]
     assert [len(row["results"]) for row in rows] == [2, 2, 2]
 

@@ -435,6 +435,14 @@ def listwise(log_odds: np.ndarray, p: np.ndarray, where: np.ndarray) -> float:
     return float(np.mean(losses))
 
 
+def listwise_teacher(log_odds: np.ndarray, teacher: np.ndarray, where: np.ndarray, tau: float) -> float:
+    losses = []
+    for s, t, exists in zip(log_odds / tau, teacher / tau, where, strict=True):
+        p, q = (np.exp(x[exists]) / np.exp(x[exists]).sum() for x in (t, s))
+        losses.append(tau**2 * (p * np.log(p / q)).sum())
+    return float(np.mean(losses))
+
+
 def test_the_base_model_reads_fields_in_any_order(world: Dataset) -> None:
     fixed, shuffled = build("base", "--task.shuffle-fields", "False"), build("base")
     orders = set()
@@ -533,7 +541,9 @@ def test_ranker_learns_from_each_teacher_what_that_teacher_scored(world: Dataset
         "--task.alpha",
         "0.25",
         "--task.listwise-weight",
-        "2",
+        "3",
+        "--task.list-temperature",
+        "0.4",
         "--task.candidates",
         "8",
         "--task.task-weights",
@@ -546,26 +556,26 @@ def test_ranker_learns_from_each_teacher_what_that_teacher_scored(world: Dataset
     assert 0 < rel.sum() < where.sum()
     assert 0 < eng.sum() < where.sum()
     assert (rel | eng)[where].all()
-    log_odds = logits[..., 0] - logits[..., 1]
+    log_odds, teacher = logits[..., 0] - logits[..., 1], batch["relevance"]
     each = binary(batch["engagement"][eng], logits[..., 2:][eng])
     check_masked(
         task,
         batch,
         logits,
         {
-            "kl": 0.25 * binary(batch["relevance"][rel], log_odds[rel]).mean(),
-            "listwise": 0.25 * 2 * listwise(log_odds, batch["relevance"], rel),
+            "kl": 0.25 * binary(sigmoid(teacher[rel]), log_odds[rel]).mean(),
+            "listwise": 0.25 * 3 * listwise_teacher(log_odds, teacher, rel, 0.4),
             "engagement": 0.75 * (each @ np.array(weights)).mean(),
         },
     )
 
 
-def test_ranker_targets_are_the_teachers_probabilities(world: Dataset, tmp_path: Path) -> None:
+def test_ranker_targets_are_what_the_teachers_say(world: Dataset, tmp_path: Path) -> None:
     task: RankerTask = build("ranker", *ranker_stores(world, tmp_path))
     assert task.num_examples == 12
     for example in task.examples:
         rows = example.documents.astype(float)
-        expected = np.where(rows == 1, np.nan, sigmoid(rows / 4 - example.query / 8))
+        expected = np.where(rows == 1, np.nan, rows / 4 - example.query / 8)
         np.testing.assert_allclose(example.targets["relevance"], expected, rtol=1e-5)
         expected = np.where(rows[:, None] == 2, np.nan, sigmoid(rows[:, None] / 5 - np.arange(5) / 3))
         np.testing.assert_allclose(example.targets["engagement"], expected, rtol=1e-5)
@@ -579,10 +589,9 @@ def test_ranker_without_an_engagement_teacher(world: Dataset, tmp_path: Path) ->
     batch = task.batch(np.array([0, 4]), rngs(0, 2))
     logits = answers(task, batch)
     where, log_odds = batch["items"].where, logits[..., 0] - logits[..., 1]
-    kl = binary(batch["relevance"][where], log_odds[where]).mean()
-    check_masked(
-        task, batch, logits, {"kl": kl, "listwise": 0.5 * listwise(log_odds, batch["relevance"], where)}
-    )
+    kl = binary(sigmoid(batch["relevance"][where]), log_odds[where]).mean()
+    lists = listwise_teacher(log_odds, batch["relevance"], where, 0.5)
+    check_masked(task, batch, logits, {"kl": kl, "listwise": 2.0 * lists})
 
 
 def test_engagement_loss(world: Dataset) -> None:

@@ -137,7 +137,8 @@ def read_records(path: str | os.PathLike[str], kind: type[R]) -> list[R]:
             problems.append(f"{file.name}:{number}: {problem}")
     if problems:
         shown = "\n  ".join(problems)
-        raise RecordError(f"{file} has {count} bad lines, mend or remove them:\n  {shown}")
+        first = f" (the first {len(problems)} are shown)" if count > len(problems) else ""
+        raise RecordError(f"{file} has {count} bad lines, mend or remove them{first}:\n  {shown}")
     if not records:
         raise RecordError(f"{file} holds no records: give at least one {kind.__name__}")
     return records

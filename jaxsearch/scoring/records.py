@@ -142,6 +142,10 @@ class Embedder:
         self._width = encoder.decoder.config.width
         self._lengths = steps(8, 8192)
 
+    def check(self, queries: Sequence[Query]) -> None:
+        """Raise `InputError` unless every query can be encoded."""
+        self._query_room.prefixes(queries)
+
     def queries(self, queries: Sequence[Query]) -> np.ndarray:
         """fp32 [B, D], rows of length 1."""
         return self._embed(self._query_room.prefixes(queries))

@@ -25,6 +25,8 @@ class BatchReport:
     queries: int
     resumed: int
     """Queries that an earlier run had ranked."""
+    empty: int = 0
+    """Queries without any result: no document passes their filters."""
 
 
 def rank_file(
@@ -50,6 +52,7 @@ def rank_file(
     for name in (record.id for records in (queries, bundle.documents) for record in records):
         if len(name.split()) != 1:
             raise InputError(f"id {name!r} holds white space, which a TREC run cannot: use ids without")
+    bundle.check(queries)
     folder = Path(output)
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ def rank_file(
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     write_lines(folder / RANKINGS, rows)
     _write_trec(folder / TREC, rows)
-    return BatchReport(len(queries), resumed)
+    return BatchReport(len(queries), resumed, sum(not row["results"] for row in rows))
 
 
 def _row(bundle: Bundle, query: Query, results: list) -> dict:

@@ -7,6 +7,7 @@ does not reproduce them is not ready.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from scipy.special import expit
 from jaxsearch.data.jsonl import read_records, write_lines
 from jaxsearch.data.records import Document, Query, to_dict, unique_ids
 from jaxsearch.errors import InputError
-from jaxsearch.models.contract import Model, load_model, save_model
+from jaxsearch.models.contract import ContractError, Model, load_model, save_model
 from jaxsearch.models.scorer import BiEncoder, Scorer
 from jaxsearch.retrieval.exhaustive import filter_mask
 from jaxsearch.retrieval.index import ScannIndex
@@ -35,7 +36,7 @@ class BundleError(InputError):
 def build_bundle(
     folder: str | os.PathLike[str], ranker: Model, retriever: Model, documents: Sequence[Document]
 ) -> None:
-    """Encode the documents, build the index, and write a bundle.
+    """Encode the documents, build the index, and write a bundle; one that is there stays as it is until the new one is whole.
 
     Raises:
       BundleError: the folder is not empty and no bundle, there is no document, or the models are of the wrong kind.
@@ -50,22 +51,34 @@ def build_bundle(
     for document in documents:
         document.validate()
     unique_ids(documents)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / BUNDLE_FILE).unlink(missing_ok=True)
+    root = root.resolve()
+    building, old = (root.with_name(root.name + suffix) for suffix in (".building", ".old"))
+    for left in (building, old):  # by a build that was stopped
+        shutil.rmtree(left, ignore_errors=True)
+    building.mkdir(parents=True)
     values: dict[str, object] = {"format": FORMAT, "documents": len(documents)}
     for name, model in (("ranker", ranker), ("retriever", retriever)):
-        values[name] = save_model(root / name, model.module, model.contract, model.tokenizer)
-    write_lines(root / "documents.jsonl", map(to_dict, documents))
-    ScannIndex.build(make_embedder(retriever).documents(documents)).save(root / "index")
-    values |= _data_hashes(root)
-    temporary = root / (BUNDLE_FILE + ".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(temporary, root / BUNDLE_FILE)
+        values[name] = save_model(building / name, model.module, model.contract, model.tokenizer)
+    write_lines(building / "documents.jsonl", map(to_dict, documents))
+    ScannIndex.build(make_embedder(retriever).documents(documents)).save(building / "index")
+    values |= _data_hashes(building)
+    (building / BUNDLE_FILE).write_text(json.dumps(values, indent=1) + "\n")
+    if root.exists():
+        os.rename(root, old)
+    os.rename(building, root)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def make_embedder(retriever: Model) -> Embedder:
-    """The retriever's two towers with the prompts of its contract."""
-    assert isinstance(retriever.module, BiEncoder)
+    """The retriever's two towers with the prompts of its contract.
+
+    Raises:
+      ContractError: another kind of model.
+    """
+    if not isinstance(retriever.module, BiEncoder):
+        raise ContractError(
+            f"the retriever is a {retriever.contract.kind}: give the model folder of a bi_encoder"
+        )
     prompts = retriever.contract.prompts
     return Embedder(retriever.module, retriever.tokenizer, prompts["query"], prompts["document"])
 
@@ -222,6 +235,18 @@ class Bundle:
                 ]
             )
         return results
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """Raise `InputError`, which names the query, unless every one of them can be ranked."""
+        self.embedder.check(queries)
+        self.scorer.room.prefixes(queries)
+        known = sorted({name for document in self.documents for name in document.attributes})
+        for query in queries:
+            for name in query.filters:
+                if name not in known:
+                    raise InputError(
+                        f"query {query.id!r} filters on {name!r}, which no document has: use one of {', '.join(known) or 'none'}"
+                    )
 
     def settle(self, queries: Sequence[Query], *, depth: int) -> None:
         """Keep to the shapes that suit queries like these; the same queries then give the same bits in any process."""

@@ -70,7 +70,10 @@ def _batch(options: argparse.Namespace) -> None:
 
     bundle = Bundle.open(options.bundle)
     report = rank_file(bundle, options.queries, options.output, depth=options.depth, top=options.top)
-    print(f"{options.output}: {report.queries} queries, {report.resumed} of them from an earlier run")
+    print(
+        f"{options.output}: {report.queries} queries, {report.resumed} of them from an earlier run, "
+        f"{report.empty} without a result"
+    )
 
 
 def _label(options: argparse.Namespace) -> None:

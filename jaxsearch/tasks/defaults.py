@@ -40,6 +40,11 @@ def tiny_optimizer(scale: float = 1.0) -> OptimizerConfig:
     )
 
 
+def smollm2_optimizer() -> OptimizerConfig:
+    """The first layers of a pretrained model: what they lost in the layers above has to be learned anew, so that the rates are high."""
+    return OptimizerConfig(kind="muon", learning_rate=5e-4, muon_learning_rate=5e-3, warmup_steps=15)
+
+
 def tiny_data() -> DataConfig:
     """The generated market, small."""
     return DataConfig("job_market:tiny")

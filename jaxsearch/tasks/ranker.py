@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsearch.config import ConfigError, TrainConfig
-from jaxsearch.data.datasets import Pairs
 from jaxsearch.data.prompts import FEATURES, PromptConfig
-from jaxsearch.losses import action_loss
+from jaxsearch.losses import action_loss, binary_kl, listwise_kl
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.records import RANKER_LABELS, action_log_odds, relevance_log_odds
 from jaxsearch.tasks.base import open_data
 from jaxsearch.tasks.cross_encoder import CrossEncoderConfig, CrossEncoderTask, Example, store_targets
 from jaxsearch.tasks.engagement_teacher import engagement_auroc
-from jaxsearch.tasks.relevance_teacher import relevance_losses
 from jaxsearch.training.step import Batch, Losses
 
 
@@ -38,8 +36,10 @@ class RankerConfig(CrossEncoderConfig):
     """Weight of relevance; 1 - alpha is engagement's."""
     task_weights: tuple[float, ...] = ()
     """Weight of each action; empty: 1 each."""
-    listwise_weight: float = 0.5
-    """Weight of the listwise term beside the relevance KL."""
+    listwise_weight: float = 2.0
+    """Weight of the listwise term beside the relevance KL; 0: none."""
+    list_temperature: float = 0.5
+    """Temperature of the two distributions over a query's candidates that the listwise term compares; below 1 it sharpens them."""
     temperature: float = 1.0
     """Softens the engagement teacher's probabilities."""
 
@@ -48,8 +48,9 @@ class RankerConfig(CrossEncoderConfig):
             raise ConfigError(
                 f"task.alpha is {self.alpha}: give a number from 0 (engagement only) to 1 (relevance only)"
             )
-        if self.temperature <= 0:
-            raise ConfigError(f"task.temperature is {self.temperature}: give a positive number")
+        for name in ("temperature", "list_temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"task.{name} is {getattr(self, name)}: give a positive number")
 
     def build(self, config: TrainConfig) -> "RankerTask":
         """The task on its data.
@@ -73,49 +74,48 @@ class RankerConfig(CrossEncoderConfig):
 
 
 class RankerTask(CrossEncoderTask):
-    """alpha (KL + listwise) to the relevance teacher + (1 - alpha) masked KL to the engagement teacher."""
+    """alpha (KL + listwise KL) to the relevance teacher + (1 - alpha) masked KL to the engagement teacher."""
 
     config: RankerConfig
 
     def make_examples(self) -> list[Example]:
-        """Pairs that at least one teacher scored; what a teacher did not score is NaN and masked."""
-        relevance = store_targets(self.config.relevance_scores, self.data, "ranker", RANKER_LABELS)
-        engagement = (
-            store_targets(self.config.engagement_scores, self.data, "ranker", self.actions)
-            if self.actions
-            else {}
-        )
-        examples = [self._example(p, relevance, engagement) for p in self.data.pairs]
-        return [example for example in examples if len(example.documents)]
-
-    def _example(
-        self, p: Pairs, relevance: dict[tuple[int, int], Any], engagement: dict[tuple[int, int], Any]
-    ) -> Example:
-        pairs = [(p.query, int(row)) for row in p.documents]
-        known = [pair for pair in pairs if pair in relevance or pair in engagement]
-        nothing = np.full(len(RANKER_LABELS), np.nan, np.float32)
-        logits = np.array([relevance.get(pair, nothing) for pair in known], np.float32).reshape(
-            -1, len(RANKER_LABELS)
-        )
-        targets = {"relevance": _sigmoid(relevance_log_odds(logits))}
+        """Pairs that at least one teacher scored: relevance as log-odds, engagement as probabilities, NaN where a teacher did not score."""
+        stores = {
+            "relevance": store_targets(self.config.relevance_scores, self.data, "ranker", RANKER_LABELS)
+        }
         if self.actions:
-            nothing = np.full(len(self.actions), np.nan, np.float32)
-            odds = np.array([engagement.get(pair, nothing) for pair in known], np.float32).reshape(
-                -1, len(self.actions)
+            stores["engagement"] = store_targets(
+                self.config.engagement_scores, self.data, "ranker", self.actions
             )
-            targets["engagement"] = _sigmoid(odds)
-        return Example(p.query, np.array([row for _, row in known], np.int32), targets)
+        pairs: dict[int, dict[int, None]] = {}
+        for query, row in (pair for store in stores.values() for pair in store):
+            pairs.setdefault(query, {})[row] = None
+        return [self._example(query, list(pairs[query]), stores) for query in sorted(pairs)]
+
+    def _example(self, query: int, rows: list[int], stores: dict[str, dict[tuple[int, int], Any]]) -> Example:
+        def scores(store: dict[tuple[int, int], Any], width: int) -> np.ndarray:
+            nothing = np.full(width, np.nan, np.float32)
+            return np.array([store.get((query, row), nothing) for row in rows], np.float32)
+
+        targets = {"relevance": relevance_log_odds(scores(stores["relevance"], len(RANKER_LABELS)))}
+        if self.actions:
+            targets["engagement"] = _sigmoid(scores(stores["engagement"], len(self.actions)))
+        return Example(query, np.array(rows, np.int32), targets)
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """Each teacher's term is a mean over what that teacher scored."""
         config, logits = self.config, self.logits(model, batch)
         exists = jnp.asarray(batch["items"].where)
-        target = batch["relevance"]
-        terms = dict(
-            relevance_losses(
-                relevance_log_odds(logits), target, exists & ~jnp.isnan(target), config.listwise_weight
-            ).terms()
-        )
+        scored = exists & ~jnp.isnan(batch["relevance"])
+        log_odds, teacher = relevance_log_odds(logits), batch["relevance"]
+        kl = binary_kl(log_odds, jax.nn.sigmoid(teacher), where=scored, reduction="sum")
+        terms = {"kl": (kl, jnp.sum(scored))}
+        if config.listwise_weight:
+            lists = listwise_kl(
+                log_odds, teacher, where=scored, temperature=config.list_temperature, reduction="sum"
+            )
+            # A list of one has no order; `listwise_kl` leaves it out, and so does the mean.
+            terms["listwise"] = (config.listwise_weight * lists, jnp.sum(jnp.sum(scored, axis=-1) > 1))
         alpha = config.alpha if self.actions else 1.0
         terms = {name: (alpha * total, weight) for name, (total, weight) in terms.items()}
         if self.actions:
