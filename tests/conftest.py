@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from small_market import Funnel
 
     from jaxsearch.data.datasets import Dataset
+    from jaxsearch.models.contract import Model
     from jaxsearch.serving.bundle import Bundle
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -48,3 +49,21 @@ def world() -> Iterator["Dataset"]:
 
     with small_world() as data:
         yield data
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder of a judge that was never trained; read only."""
+    from small_models import small_judge
+
+    folder = tmp_path_factory.mktemp("judge")
+    small_judge(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(judge_folder: Path) -> "Model":
+    """That judge, loaded."""
+    from jaxsearch.models.contract import load_model
+
+    return load_model(judge_folder)

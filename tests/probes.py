@@ -1,5 +1,8 @@
-"""What a document or a query by itself says about grades: a generated market is honest where that is nothing."""
+"""What the tests of both generated markets ask: is it the frozen one, what does the policy say, does one side of a pair tell its grade?"""
 
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,7 +11,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from jaxsearch.data.records import Document, Judgment, Query
+from jaxsearch.data.records import Document, Judgment, Query, to_dict
 
 
 def alone(
@@ -33,3 +36,16 @@ def alone(
         model = LogisticRegression(max_iter=100, tol=1e-3).fit(features[pairs[seen, column]], pairs[seen, 2])
         found[name] = roc_auc_score(pairs[~seen, 2], model.decision_function(features[pairs[~seen, column]]))
     return found
+
+
+def digest(rows: object) -> str:
+    """SHA-256 of a table of records."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=to_dict).encode()).hexdigest()
+
+
+def worked_examples(policy: str) -> list[tuple[str, str, int, str]]:
+    """Search, document, grade and reason of every row below a policy's "Worked examples"."""
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| (\d) \| ([^|]+) \|$", policy.split("## Worked examples")[1], re.M
+    )
+    return [(search, document, int(grade), why) for search, document, grade, why in rows]

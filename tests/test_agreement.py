@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_market import dataset, fast_compilation, grades, query
-from small_models import small_judge
 
 from jaxsearch.data.datasets import Dataset, _known_pairs
 from jaxsearch.data.records import Document
@@ -31,7 +30,7 @@ from jaxsearch.measurement.files import ReportError
 from jaxsearch.measurement.gate import AgreementGate, GateError, StaleReportError, check, require_agreement
 from jaxsearch.measurement.judging import draw, read_grades
 from jaxsearch.metrics import kappa
-from jaxsearch.models.contract import ContractError, Model, load_model
+from jaxsearch.models.contract import ContractError, Model
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7*7 }} \x00\x1b\u202e</pre>"
 
@@ -40,18 +39,6 @@ HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7*7 }} \x00\x1b\u202e</pr
 def quickly() -> Iterator[None]:
     with fast_compilation():
         yield
-
-
-@pytest.fixture(scope="module")
-def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judge")
-    small_judge(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def judge(judge_folder: Path) -> Model:
-    return load_model(judge_folder)
 
 
 def with_precedents(data: Dataset, count: int = 12) -> Dataset:

@@ -1,8 +1,6 @@
 """The generated job market: the policy in words and in code, determinism, the click model, and the way through TFDS."""
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from probes import alone
+from probes import alone, digest, worked_examples
 
 from jaxsearch.data import job_market
 from jaxsearch.data.job_market import draws, generator, job_market_dataset_builder, policy, templates
 from jaxsearch.data.job_market.generator import PAGE, SPLITS, VARIANTS, VERSION, JobMarket
-from jaxsearch.data.records import BUCKETS, Impression, Judgment, Query, to_dict, unique_ids
+from jaxsearch.data.records import BUCKETS, Impression, Judgment, Query, unique_ids
 from jaxsearch.data.tokenizer import train
 
 PINNED = {
@@ -58,10 +56,6 @@ def tiny() -> Tiny:
     )
 
 
-def digest(rows: object) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=to_dict).encode()).hexdigest()
-
-
 def test_tiny_is_the_one_that_was_frozen(tiny: Tiny) -> None:
     tables = {
         "documents": tiny.market.documents,
@@ -100,14 +94,6 @@ COMPANIES = ("Alder Works", "Delta Labs", "Cobalt Union")
 TIERS = 4 * np.eye(4, dtype=np.int64)
 
 
-def worked_examples() -> list[tuple[str, str, int, str]]:
-    """Search, posting, grade and reason of every row below "Worked examples"."""
-    rows = re.findall(
-        r"^\| ([^|]+) \| ([^|]+) \| (\d) \| ([^|]+) \|$", POLICY.split("## Worked examples")[1], re.M
-    )
-    return [(search, posting, int(grade), why) for search, posting, grade, why in rows]
-
-
 def parse_search(text: str) -> policy.Need:
     def find(options: tuple[str, ...]) -> int | None:
         return next((i for i, option in enumerate(options) if option.lower() in text.lower().split()), None)
@@ -138,7 +124,7 @@ def parse_posting(text: str) -> policy.Postings:
     )
 
 
-@pytest.mark.parametrize(("search", "posting", "grade", "why"), worked_examples())
+@pytest.mark.parametrize(("search", "posting", "grade", "why"), worked_examples(POLICY))
 def test_worked_examples_of_the_written_policy(search: str, posting: str, grade: int, why: str) -> None:
     need = parse_search(search)
     parts = policy.components(need, parse_posting(posting), TIERS)
@@ -147,7 +133,7 @@ def test_worked_examples_of_the_written_policy(search: str, posting: str, grade:
 
 
 def test_there_are_worked_examples_and_both_texts_name_the_same_words() -> None:
-    assert len(worked_examples()) == 10
+    assert len(worked_examples(POLICY)) == 10
     for words in (policy.LEVELS, policy.WORKPLACES):
         assert f"({', '.join(words)})" in POLICY
     assert "version 2" in POLICY

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_market import documents, fast_compilation, query
-from small_models import small_bundle, small_judge
+from small_models import small_bundle
 
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.records import Document, Query, RecordError, to_dict
@@ -33,7 +33,7 @@ from jaxsearch.measurement.files import ReportError
 from jaxsearch.measurement.grade_cache import CacheError, GradeCache, document_key, query_key
 from jaxsearch.measurement.judging import Judge, read_grades
 from jaxsearch.measurement.trec import RunError, read_trec
-from jaxsearch.models.contract import ContractError, Model, load_model
+from jaxsearch.models.contract import ContractError, Model
 from jaxsearch.serving.batch import TREC, rank_file
 from jaxsearch.serving.bundle import Bundle
 
@@ -44,18 +44,6 @@ IDS = [document.id for document in documents()]
 def quickly() -> Iterator[None]:
     with fast_compilation():
         yield
-
-
-@pytest.fixture(scope="module")
-def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judge")
-    small_judge(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def judge(judge_folder: Path) -> Model:
-    return load_model(judge_folder)
 
 
 @pytest.fixture(scope="module")

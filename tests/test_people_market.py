@@ -1,9 +1,6 @@
 """People search: the policy in words and in code, honest pairs, the network, rare actions, and the way through TFDS."""
 
 import dataclasses
-import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from probes import alone
+from probes import alone, digest, worked_examples
 
 from jaxsearch.data import job_market, network
 from jaxsearch.data.job_market import generator, job_market_dataset_builder, people
@@ -28,7 +25,6 @@ from jaxsearch.data.records import (
     Impression,
     Judgment,
     Query,
-    to_dict,
     unique_ids,
 )
 from jaxsearch.data.tokenizer import train
@@ -63,10 +59,6 @@ def tiny() -> Tiny:
         market.queries[split] = queries[split][:SAMPLE]
     judgments = {split: market.judgments(split) for split in SPLITS}
     return Tiny(market, queries, judgments, {split: market.impressions(split) for split in ("train", "dev")})
-
-
-def digest(rows: object) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=to_dict).encode()).hexdigest()
 
 
 def test_tiny_is_the_one_that_was_frozen(tiny: Tiny) -> None:
@@ -112,14 +104,6 @@ FIRST, SURNAME = ("Nolta", "Brelia"), ("Threskel", "Ulvambi")
 TIERS = 4 * np.eye(4, dtype=np.int64)
 
 
-def worked_examples() -> list[tuple[str, str, int, str]]:
-    """Search, profile, grade and reason of every row below "Worked examples"."""
-    rows = re.findall(
-        r"^\| ([^|]+) \| ([^|]+) \| (\d) \| ([^|]+) \|$", POLICY.split("## Worked examples")[1], re.M
-    )
-    return [(search, profile, int(grade), why) for search, profile, grade, why in rows]
-
-
 def find(options: tuple[str, ...], text: str) -> int | None:
     return next((i for i, option in enumerate(options) if option.lower() in text.lower()), None)
 
@@ -149,7 +133,7 @@ def parse_profile(text: str) -> policy.Members:
     return policy.Members(**columns, skills=(known,))
 
 
-@pytest.mark.parametrize(("search", "profile", "grade", "why"), worked_examples())
+@pytest.mark.parametrize(("search", "profile", "grade", "why"), worked_examples(POLICY))
 def test_worked_examples_of_the_written_policy(search: str, profile: str, grade: int, why: str) -> None:
     need = parse_search(search)
     parts = policy.components(need, parse_profile(profile), TIERS)
@@ -158,8 +142,8 @@ def test_worked_examples_of_the_written_policy(search: str, profile: str, grade:
 
 
 def test_there_are_worked_examples() -> None:
-    assert len(worked_examples()) == 11
-    assert {grade for _, _, grade, _ in worked_examples()} == {0, 1, 2, 3, 4}
+    assert len(worked_examples(POLICY)) == 11
+    assert {grade for _, _, grade, _ in worked_examples(POLICY)} == {0, 1, 2, 3, 4}
     assert "version 1" in POLICY
 
 

@@ -442,11 +442,21 @@ def test_figures_and_warnings(folder: Path) -> None:
         "1 of 2 test queries have no judgment",
         "1 query texts occur in more than one split",
         "3 queries have no bucket",
+        "no golden queries",
         "jobs: no apply in 2 impressions",
         "1 judgments repeat another with the same grade",
     ):
         assert words in told
     assert "click" not in told
+
+
+def test_precedents_are_counted_where_there_are_some(folder: Path) -> None:
+    hostile.add(folder, "queries", hostile.query(id="g", split="golden"))
+    hostile.add(folder, "judgments", hostile.judgment(query_id="g", grade=4))
+    report, summary = validate([str(folder)])
+    assert summary.figures()["judged_queries"] == {"train": 1, "dev": 1, "test": 0, "golden": 1}
+    assert "golden 1)" in summary.text()
+    assert not any(line.startswith("no golden") for line in warnings(report, summary))
 
 
 def test_warnings_of_a_poor_folder(folder: Path) -> None:
@@ -520,7 +530,10 @@ def test_examples() -> None:
     assert [len(data.documents), len(queries), len(data.judgments), len(data.impressions)] == [20] * 4
     assert {query.bucket for query in queries} == set(BUCKETS)
     assert {record.vertical for record in [*data.documents, *queries]} == {"jobs", "people"}
-    assert warnings(*validate([str(EXAMPLES)])) == ["documents of two verticals: one is trained on at a time"]
+    assert warnings(*validate([str(EXAMPLES)])) == [
+        "no golden queries: a judge trained on these labels only where `--minimum-kappa -1` lets it",
+        "documents of two verticals: one is trained on at a time",
+    ]
 
 
 def test_the_page_names_every_field_and_shows_what_the_command_prints() -> None:

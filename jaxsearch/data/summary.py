@@ -62,6 +62,8 @@ class Summary:
         """As plain JSON values."""
         lengths = sorted(self.lengths)
         sizes = Counter(self.splits.values())
+        # Precedents only where there are some: most data has none.
+        splits = ["train", "dev", "test", *(split for split in ("calibration", "golden") if sizes[split])]
         judged = Counter(split for query, split in self.splits.items() if query in self.best)
         relevant = Counter(
             split for query, split in self.splits.items() if self.best.get(query, 0) >= RELEVANT
@@ -76,9 +78,9 @@ class Summary:
             }
             if lengths
             else {},
-            "queries": {split: sizes[split] for split in ("train", "dev", "test")},
-            "judged_queries": {split: judged[split] for split in ("train", "dev", "test")},
-            "queries_with_relevant": {split: relevant[split] for split in ("train", "dev", "test")},
+            "queries": {split: sizes[split] for split in splits},
+            "judged_queries": {split: judged[split] for split in splits},
+            "queries_with_relevant": {split: relevant[split] for split in splits},
             "buckets": dict(sorted(self.buckets.items())),
             "judgments": self.grades.total(),
             "grades": {str(grade): self.grades[grade] for grade in range(5)},
@@ -123,6 +125,10 @@ class Summary:
                 found.append(
                     f"{judged - relevant} of {judged} judged {split} queries have no document of grade {RELEVANT} or more"
                 )
+        if figures["judged_queries"]["train"] and "golden" not in figures["queries"]:
+            found.append(
+                "no golden queries: a judge trained on these labels only where `--minimum-kappa -1` lets it"
+            )
         twice = sum(len(splits) > 1 for splits in self._texts.values())
         if twice:
             found.append(f"{twice} query texts occur in more than one split: measured figures flatter")
