@@ -11,6 +11,7 @@ are empty.
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +24,16 @@ import jax
 import numpy as np
 from machine import describe
 from record import append
+from stages import finished
 
 from jaxsearch.config import load_config
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.records import Query, to_dict
+from jaxsearch.errors import InputError
 from jaxsearch.measurement.gate import gate_of, require_agreement
 from jaxsearch.metrics import auroc, kappa
-from jaxsearch.models.contract import CONTRACT_FILE, Model, load_model
+from jaxsearch.models.contract import Model, load_model
 from jaxsearch.retrieval.bm25 import Bm25, document_text
 from jaxsearch.retrieval.common import pad_candidates
 from jaxsearch.retrieval.exhaustive import ExhaustiveIndex
@@ -93,7 +96,7 @@ class Demo:
         if self.steps != 1:
             steps = max(round(loaded.steps * self.steps), 60)
             loaded = load_config(f"configs/{config}", [*data, *overrides, "--steps", str(steps)])
-        if not (folder / "model" / CONTRACT_FILE).is_file():
+        if not finished(folder, loaded):
             with self.stage(name):
                 for metric, value in run(loaded, folder).items():
                     print(f"{metric} {value:.4f}")
@@ -155,7 +158,7 @@ class Evaluation:
         self.page_rows = [
             np.array([data.document_row[i.document_id] for i in page], np.int32) for page in self.pages
         ]
-        self.clicks = np.array([bool(i.actions["click"]) for page in self.pages for i in page])
+        self.clicks = np.array([bool(i.actions.get("click")) for page in self.pages for i in page])
 
     def _union(self) -> list[np.ndarray]:
         """BM25's and the retriever's first documents; nothing is injected."""
@@ -273,9 +276,9 @@ def train_traditional(
         return features, ranker, None
 
     def clicked(part: slice) -> tuple[Any, np.ndarray]:
-        pages = [data.impressions[query.id] for query in queries[part]]
+        pages = [data.impressions.get(query.id, ()) for query in queries[part]]
         rows = [np.array([data.document_row[i.document_id] for i in page], np.int32) for page in pages]
-        values = np.array([[float(bool(i.actions["click"])) for i in page] for page in pages])
+        values = np.array([[float(bool(i.actions.get("click"))) for i in page] for page in pages])
         return evaluation.features(features, rows, queries[part], emb[part]), values
 
     return features, ranker, train_click_model(spec, clicked(slice(held, None)), clicked(slice(0, held)))
@@ -285,7 +288,8 @@ def examples(
     data: Dataset, bundle: Bundle, queries: list[Query], folder: Path, count: int = 3
 ) -> list[dict[str, Any]]:
     """Batch-rank the test queries, as `serve.py batch` would, and show the first few."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a former run, perhaps of another bundle
+    folder.mkdir(parents=True)
     write_lines(folder / "queries.jsonl", map(to_dict, queries))
     rank_file(bundle, folder / "queries.jsonl", folder, depth=2 * DEPTH, top=10)
     by_id = {query.id: query for query in queries}
@@ -436,6 +440,8 @@ def main() -> int:
     )
     with demo.stage("data"):
         data = open_data(DataConfig(demo.dataset, demo.data_dir, max_queries=demo.max_queries))
+        if data.impressions and "click" not in data.actions:
+            raise InputError(f"{data.name} has no clicks, which the table shows: use job search")
         sizes = {split: len(queries) for split, queries in data.queries.items()}
         print(f"{data.name}: {len(data.documents)} documents, {sizes} queries")
 
@@ -542,4 +548,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"funnel.py: {error}")

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 from machine import describe
 from record import append
+from stages import finished
 
 from jaxsearch.config import load_config
 from jaxsearch.data.datasets import Dataset, Pairs, load_dataset
 from jaxsearch.measurement.agreement import Agreement, agreement, agreement_by_bucket
 from jaxsearch.measurement.judging import read_grades
 from jaxsearch.metrics import kappa
-from jaxsearch.models.contract import CONTRACT_FILE, Model, load_model
+from jaxsearch.models.contract import Model, load_model
 from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.models.weights import gguf
 from jaxsearch.retrieval.bm25 import Bm25, document_text
@@ -52,9 +53,10 @@ class Bench:
     def train(self, name: str, config: str, *overrides: str) -> Model:
         """Train by a config, unless a former run did."""
         folder = self.workdir / name
-        if not (folder / "model" / CONTRACT_FILE).is_file():
-            data = ["--task.data.name", self.options.dataset, "--task.data.dir", self.data_dir]
-            for metric, value in run(load_config(f"configs/{config}", [*data, *overrides]), folder).items():
+        data = ["--task.data.name", self.options.dataset, "--task.data.dir", self.data_dir]
+        loaded = load_config(f"configs/{config}", [*data, *overrides])
+        if not finished(folder, loaded):
+            for metric, value in run(loaded, folder).items():
                 print(f"{name} {metric} {value:.4f}", flush=True)
         return load_model(folder / "model")
 
@@ -266,14 +268,14 @@ def real(bench: Bench) -> None:
         init = ["--task.model.init-from", str(bench.workdir / start / "model")]
         return bench.train(name, "judge.py:smollm2_135m_4l", *init, *few, *overrides)
 
-    judge("smollm2_48", "smollm2_retriever", "--task.prompt.max-document-tokens", "48", *steps)
+    short = judge("smollm2_48", "smollm2_retriever", "--task.prompt.max-document-tokens", "48", *steps)
     model = judge("smollm2", "smollm2_48", "--steps", "80", *SLOWER)
     for split in ("golden", "golden_unseen"):
         probabilities = splits[split].judge(model)
         bench.record(
             judge="SmolLM2-135M, first 4 layers, documents of 128 tokens",
             parameters=model.contract.architecture.parameters,
-            steps=model.contract.training["steps"],
+            steps=[part.contract.training["steps"] for part in (smollm2, short, model)],
             batch_size=model.contract.training["batch_size"],
             **splits[split].agree(read_grades(probabilities, "argmax")),
             expected_reading=splits[split].agree(read_grades(probabilities, "expected"))["linear_kappa"],

@@ -161,7 +161,7 @@ def listwise_kl(
 
     ListNet's top-one distributions (Cao et al., ICML 2007) with a teacher's scores for labels, softened, or below 1
     sharpened, as in Hinton et al. (arXiv 1503.02531). Unlike `softmax_listwise` on gains it is 0 where `binary_kl`
-    of the same log-odds is, so that the two never pull apart; a small temperature makes it see the small differences
+    of the same log-odds is, so that the two have one minimum; a small temperature makes it see the small differences
     between items that are all good, which hardly move the pointwise term.
 
     Args:

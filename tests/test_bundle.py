@@ -149,13 +149,27 @@ def test_a_build_that_stops_leaves_what_was_there(
         )
     monkeypatch.undo()
     assert Bundle.open(copy).documents == documents()  # the bundle that was there
-    with pytest.raises(BundleError, match=r"holds no bundle\.json: make one with `serve\.py build`"):
-        Bundle.open(copy.with_name(copy.name + ".building"))
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
     build_bundle(
         copy, load_model(funnel.model("ranker")), load_model(funnel.model("retriever")), documents()[:3]
     )
     assert Bundle.open(copy).documents == documents()[:3]
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_a_bundle_that_is_replaced_while_it_is_read_is_not_opened(
+    funnel: Funnel, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_first(*_: object) -> None:
+        monkeypatch.undo()
+        build_bundle(
+            copy, load_model(funnel.model("ranker")), load_model(funnel.model("retriever")), documents()[::-1]
+        )
+
+    monkeypatch.setattr(bundles, "_check_golden", replace_first)
+    with pytest.raises(BundleError, match="was replaced while it was read: open it again"):
+        Bundle.open(copy)
+    assert Bundle.open(copy).documents == documents()[::-1]
 
 
 # --- what is not opened ----------------------------------------------------------------------------------------------

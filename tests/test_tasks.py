@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -533,6 +534,37 @@ def ranker_stores(world: Dataset, tmp_path: Path) -> list[str]:
         lambda q, row: None if row == 2 else (9, 9, *(row / 5 - np.arange(5) / 3)),
     )
     return ["--task.relevance-scores", relevance, "--task.engagement-scores", engagement]
+
+
+def test_a_sure_judges_yes_probability_is_no_more_than_one(world: Dataset, tmp_path: Path) -> None:
+    # In fp32 the two probabilities sum to 1.0000001, whose entropy is no number.
+    sure = np.array([-30, -30, -30, 0, -2.943], np.float32)
+    labels = write_store(tmp_path / "labels", world, "judge", JUDGE_LABELS, lambda q, row: sure)
+    task = build("relevance_teacher", "--task.labels", labels, "--task.label-form", "yes_probability")
+    assert {float(target) for example in task.examples for target in example.targets["target"]} == {1.0}
+
+
+def test_relevance_teacher_leaves_out_what_nobody_judged(world: Dataset) -> None:
+    nothing = Pairs(0, np.arange(3, dtype=np.int32), np.full(3, -1, np.int32))
+    data = dataclasses.replace(world, pairs=[nothing, *world.pairs[1:]])
+    config = configured("relevance_teacher")
+    task = RelevanceTeacherTask(config.task, config, data)
+    assert [example.query for example in task.examples] == [p.query for p in world.pairs[1:]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_retriever_of_few_dev_queries_is_measured_and_written(
+    world: Dataset, tmp_path: Path, count: int
+) -> None:
+    few = dataclasses.replace(world, queries={**world.queries, "dev": world.queries["dev"][:count]})
+    config = configured("retriever")
+    task = RetrieverTask(config.task, few)
+    model = filled(lambda rngs: task.init(rngs), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a mean of nothing
+        assert np.isnan(task.evaluate(model)["dev/ndcg@10"]) == (count == 0)
+    task.export(model, tmp_path, config)
+    assert len(load_model(tmp_path).contract.golden) == count
 
 
 def test_ranker_learns_from_each_teacher_what_that_teacher_scored(world: Dataset, tmp_path: Path) -> None:

@@ -442,7 +442,7 @@ def test_figures_and_warnings(folder: Path) -> None:
         "1 of 2 test queries have no judgment",
         "1 query texts occur in more than one split",
         "3 queries have no bucket",
-        "no golden queries",
+        "0 judged golden queries, 10 are needed",
         "jobs: no apply in 2 impressions",
         "1 judgments repeat another with the same grade",
     ):
@@ -456,7 +456,7 @@ def test_precedents_are_counted_where_there_are_some(folder: Path) -> None:
     report, summary = validate([str(folder)])
     assert summary.figures()["judged_queries"] == {"train": 1, "dev": 1, "test": 0, "golden": 1}
     assert "golden 1)" in summary.text()
-    assert not any(line.startswith("no golden") for line in warnings(report, summary))
+    assert any(line.startswith("1 judged golden queries, 10 are") for line in warnings(report, summary))
 
 
 def test_warnings_of_a_poor_folder(folder: Path) -> None:
@@ -531,7 +531,7 @@ def test_examples() -> None:
     assert {query.bucket for query in queries} == set(BUCKETS)
     assert {record.vertical for record in [*data.documents, *queries]} == {"jobs", "people"}
     assert warnings(*validate([str(EXAMPLES)])) == [
-        "no golden queries: a judge trained on these labels only where `--minimum-kappa -1` lets it",
+        "0 judged golden queries, 10 are needed: a judge trained here labels only where `--minimum-kappa -1` lets it",
         "documents of two verticals: one is trained on at a time",
     ]
 

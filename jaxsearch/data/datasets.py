@@ -123,7 +123,10 @@ def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
         name.rpartition(":") if name.endswith(tuple(f":{v}" for v in VERTICALS)) else (name, "", "")
     )
     if folder and Path(folder).is_dir():
-        return to_dataset(load_folder(folder), name, vertical)
+        # Its own name, however it was reached: stores and reports made of it stay good after a move.
+        own = Path(folder).resolve().name
+        data = to_dataset(load_folder(folder), name, vertical)
+        return replace(data, name=f"{own}:{vertical}" if vertical else own)
     known = ", ".join([*(f"job_market:{variant}" for variant in job_market.VERSIONS), "onet_jobs"])
     raise InputError(f"data set is {name!r}: use one of {known}, or a folder of your own")
 

@@ -10,6 +10,8 @@ from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Quer
 
 RELEVANT = 3
 """The lowest grade that counts as relevant (the threshold of P@k)."""
+LEAST_GOLDEN = 10
+"""Judged golden queries below which the gate lets no judge label (`measurement.gate.AgreementGate.minimum_queries`)."""
 LONG_DOCUMENT = 700
 """Words that about fill the 1,024 tokens of a full-size prompt; `:tiny` models read far less."""
 
@@ -125,9 +127,11 @@ class Summary:
                 found.append(
                     f"{judged - relevant} of {judged} judged {split} queries have no document of grade {RELEVANT} or more"
                 )
-        if figures["judged_queries"]["train"] and "golden" not in figures["queries"]:
+        golden = figures["judged_queries"].get("golden", 0)
+        if figures["judged_queries"]["train"] and golden < LEAST_GOLDEN:
             found.append(
-                "no golden queries: a judge trained on these labels only where `--minimum-kappa -1` lets it"
+                f"{golden} judged golden queries, {LEAST_GOLDEN} are needed: "
+                "a judge trained here labels only where `--minimum-kappa -1` lets it"
             )
         twice = sum(len(splits) > 1 for splits in self._texts.values())
         if twice:

@@ -114,7 +114,7 @@ class UserData:
 
     documents: Sequence[Document]
     queries: Mapping[str, Sequence[Query]]
-    """By split: "train", "dev", "test"; a split may be empty."""
+    """By split of `SPLITS`; a split may be empty."""
     judgments: Sequence[Judgment]
     impressions: Sequence[Impression]
     report: Report

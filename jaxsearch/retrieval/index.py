@@ -1,6 +1,6 @@
 """The ScaNN index: approximate search over unit embeddings by dot product.
 
-ScaNN takes no filter; filtered queries go to `exhaustive.ExhaustiveIndex`.
+ScaNN takes no filter: a filtered query asks for every document and drops those that do not pass.
 """
 
 import dataclasses

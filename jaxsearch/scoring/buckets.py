@@ -58,9 +58,9 @@ class Buckets:
         ValueError: sizes are empty, below 1 or not ascending, or a bound is out of range.
     """
 
-    prefix: tuple[int, ...] = steps(16, 2048)
+    prefix: tuple[int, ...] = steps(16, 8192)
     rows: tuple[int, ...] = steps(1, 64)
-    row_length: tuple[int, ...] = steps(8, 2048)
+    row_length: tuple[int, ...] = steps(8, 8192)
     tokens: int = 4096
     item_length: int = 4
     compile_flops: float = 3e11

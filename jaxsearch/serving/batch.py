@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from jaxsearch.data.jsonl import read_records, write_lines
@@ -50,7 +51,7 @@ def rank_file(
     queries = read_records(queries_file, Query)
     unique_ids(queries)
     for name in (record.id for records in (queries, bundle.documents) for record in records):
-        if len(name.split()) != 1:
+        if name.split() != [name]:
             raise InputError(f"id {name!r} holds white space, which a TREC run cannot: use ids without")
     bundle.check(queries)
     folder = Path(output)
@@ -97,13 +98,14 @@ def _row(bundle: Bundle, query: Query, results: list) -> dict:
 
 
 def _write_trec(path: Path, rows: list[dict]) -> None:
-    """`query Q0 document rank score tag`; the score falls strictly, so that tools which sort by it keep our order of ties."""
+    """`query Q0 document rank score tag`; the score falls strictly even in fp32, so that tools which sort by it keep our order of ties."""
     lines = []
     for row in rows:
+        before = np.float32(np.inf)
         for result in row["results"]:
-            tie = 1e-9 * result["rank"]
+            before = min(np.float32(result["score"]), np.nextafter(before, np.float32(-np.inf)))
             lines.append(
-                f"{row['query_id']} Q0 {result['document_id']} {result['rank']} {result['score'] - tie:.10f} jaxsearch\n"
+                f"{row['query_id']} Q0 {result['document_id']} {result['rank']} {before:.9g} jaxsearch\n"
             )
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(lines), encoding="utf-8")

@@ -7,7 +7,6 @@ does not reproduce them is not ready.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from jaxsearch.data.records import Document, Query, to_dict, unique_ids
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import ContractError, Model, load_model, save_model
 from jaxsearch.models.scorer import BiEncoder, Scorer
+from jaxsearch.retrieval.common import new_folder
 from jaxsearch.retrieval.exhaustive import filter_mask
 from jaxsearch.retrieval.index import ScannIndex
 from jaxsearch.scoring.records import Embedder, RecordScorer, action_log_odds, relevance_log_odds
@@ -51,22 +51,14 @@ def build_bundle(
     for document in documents:
         document.validate()
     unique_ids(documents)
-    root = root.resolve()
-    building, old = (root.with_name(root.name + suffix) for suffix in (".building", ".old"))
-    for left in (building, old):  # by a build that was stopped
-        shutil.rmtree(left, ignore_errors=True)
-    building.mkdir(parents=True)
-    values: dict[str, object] = {"format": FORMAT, "documents": len(documents)}
-    for name, model in (("ranker", ranker), ("retriever", retriever)):
-        values[name] = save_model(building / name, model.module, model.contract, model.tokenizer)
-    write_lines(building / "documents.jsonl", map(to_dict, documents))
-    ScannIndex.build(make_embedder(retriever).documents(documents)).save(building / "index")
-    values |= _data_hashes(building)
-    (building / BUNDLE_FILE).write_text(json.dumps(values, indent=1) + "\n")
-    if root.exists():
-        os.rename(root, old)
-    os.rename(building, root)
-    shutil.rmtree(old, ignore_errors=True)
+    with new_folder(root.resolve()) as new:
+        values: dict[str, object] = {"format": FORMAT, "documents": len(documents)}
+        for name, model in (("ranker", ranker), ("retriever", retriever)):
+            values[name] = save_model(new / name, model.module, model.contract, model.tokenizer)
+        write_lines(new / "documents.jsonl", map(to_dict, documents))
+        ScannIndex.build(make_embedder(retriever).documents(documents)).save(new / "index")
+        values |= _data_hashes(new)
+        (new / BUNDLE_FILE).write_text(json.dumps(values, indent=1) + "\n")
 
 
 def make_embedder(retriever: Model) -> Embedder:
@@ -168,6 +160,7 @@ class Bundle:
 
         Raises:
           BundleError: missing, unfinished, its parts do not fit, or golden scores are not reproduced.
+          ContractError: a model folder in it cannot be read.
         """
         root = Path(folder)
         path = root / BUNDLE_FILE
@@ -197,6 +190,8 @@ class Bundle:
             index = ScannIndex.load(root / "index")
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise BundleError(f"{root}: the index cannot be used ({error}): build the bundle anew") from error
+        if path.read_text() != text or _data_hashes(root) != hashes:
+            raise BundleError(f"{root} was replaced while it was read: open it again")
         if len(index) != len(documents):
             raise BundleError(
                 f"{root}: the index holds {len(index)} documents, documents.jsonl {len(documents)}; build it anew"
@@ -254,15 +249,16 @@ class Bundle:
 
     def _candidates(self, queries: Sequence[Query], depth: int) -> list[np.ndarray]:
         """Rows of at most `depth` documents per query, best first, those alone that its filters allow."""
-        filtered = any(query.filters for query in queries)
-        # Filters come after the search here, so that it has to look at everything.
-        width = len(self.documents) if filtered else min(depth, len(self.documents))
-        found, _ = self.index.search(self.embedder.queries(queries), width)
-        if not filtered:
-            return [row[row >= 0] for row in found]
-        try:
-            allowed = filter_mask(queries, self.documents)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        kept = [row[row >= 0] for row in found]
-        return [row[may[row]][:depth] for row, may in zip(kept, allowed, strict=True)]
+        emb = self.embedder.queries(queries)
+        found = list(self.index.search(emb, min(depth, len(self.documents)))[0])
+        filtered = [i for i, query in enumerate(queries) if query.filters]
+        if filtered:
+            try:
+                allowed = filter_mask([queries[i] for i in filtered], self.documents)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+            # The index takes no filter: these queries look at every document, and drop those that do not pass.
+            every, _ = self.index.search(emb[filtered], len(self.documents))
+            for i, row, may in zip(filtered, every, allowed, strict=True):
+                found[i] = row[(row >= 0) & may[row]][:depth]
+        return [row[row >= 0] for row in found]

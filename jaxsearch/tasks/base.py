@@ -31,7 +31,8 @@ class DataConfig:
     """The data set and where it is kept."""
 
     name: str = "job_market:tiny"
-    """`job_market:tiny`, `job_market:default`, `job_market:long` or `onet_jobs` (needs ONET_DIR once)."""
+    """`job_market:tiny`, `:default`, `:long`, `:tiny_people`, `:default_people`, `onet_jobs` (needs ONET_DIR once), or a folder of your own
+    (`docs/data.md`), with `:jobs` or `:people` behind it where it holds both."""
     dir: str = ""
     """Folder of prepared data; empty for TFDS's own (~/tensorflow_datasets)."""
     max_queries: int = 0
@@ -207,9 +208,11 @@ def ranking_metrics(
         padded[i, : len(rows)] = rows
         values[i, : len(rows)] = found
     where = padded >= 0
-    grades = np.array([data.grades(query, row) for query, row in zip(queries, padded, strict=True)])
+    grades = np.array(
+        [data.grades(query, row) for query, row in zip(queries, padded, strict=True)], np.int32
+    ).reshape(padded.shape)
     ideal = [sorted(data.graded[query.id].values(), reverse=True)[:10] for query in queries]
-    best = np.array([row + [0] * (10 - len(row)) for row in ideal])
+    best = np.array([row + [0] * (10 - len(row)) for row in ideal], np.int32).reshape(-1, 10)
     return {
         "ndcg@10": ndcg(
             values, grades, where=where, k=10, ideal_grades=best, ideal_where=np.ones(best.shape, bool)

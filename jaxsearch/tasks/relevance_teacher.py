@@ -55,6 +55,7 @@ class RelevanceTeacherTask(CrossEncoderTask):
                     {"target": p.grades[p.grades >= 0].astype(np.float32) / 4},
                 )
                 for p in self.data.pairs
+                if (p.grades >= 0).any()
             ]
         found = store_targets(self.config.labels, self.data, "judge", JUDGE_LABELS)
         examples = []
@@ -68,7 +69,7 @@ class RelevanceTeacherTask(CrossEncoderTask):
     def _target(self, logits: np.ndarray) -> np.ndarray:
         if self.config.label_form == "expected_grade":
             return expected_grade(logits) / 4
-        return grade_probabilities(logits)[:, 3:].sum(axis=-1)
+        return np.minimum(grade_probabilities(logits)[:, 3:].sum(axis=-1), 1)  # the sum rounds up at times
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """KL over pairs and cross entropy over lists, each a mean of its own."""

@@ -220,7 +220,8 @@ class RetrieverTask(Task):
     def export(self, model: Any, folder: Path, config: TrainConfig) -> None:
         """Write the model with its contract."""
         embedder = self.embedder(model)
-        queries, documents = list(self.data.queries["dev"][:3]), list(self.data.documents[:3])
+        count = min(3, len(self.data.queries["dev"]), len(self.data.documents))
+        queries, documents = list(self.data.queries["dev"][:count]), list(self.data.documents[:count])
         cosines = np.sum(embedder.queries(queries) * embedder.documents(documents), axis=1)
         contract = Contract(
             kind="bi_encoder",

@@ -1,0 +1,32 @@
+"""Stages that a former run finished are not trained again, unless they were trained by other settings."""
+
+import json
+from pathlib import Path
+
+from jaxsearch.config import TrainConfig, to_dict
+from jaxsearch.errors import InputError
+from jaxsearch.models.contract import CONTRACT_FILE, load_model
+
+
+def finished(folder: Path, config: TrainConfig) -> bool:
+    """Whether the run in `folder` is done.
+
+    Raises:
+      InputError: it is done with other settings; names them.
+    """
+    if not (folder / "model" / CONTRACT_FILE).is_file():
+        return False
+    there = _flat(load_model(folder / "model").contract.training)
+    wanted = _flat(json.loads(json.dumps(to_dict(config))))
+    if differing := sorted(key for key in there | wanted if there.get(key) != wanted.get(key)):
+        shown = ", ".join(f"{key} {there.get(key)!r} (not {wanted.get(key)!r})" for key in differing[:3])
+        raise InputError(
+            f"{folder} was trained with other settings, {shown}: delete it, or give another --workdir"
+        )
+    return True
+
+
+def _flat(values: object, name: str = "") -> dict[str, object]:
+    if not isinstance(values, dict):
+        return {name: values}
+    return {k: v for key, part in values.items() for k, v in _flat(part, f"{name}.{key}".strip(".")).items()}
