@@ -16,12 +16,12 @@ from jaxsearch.tasks.defaults import full_data, smollm2_optimizer, tiny_data, ti
 from jaxsearch.tasks.judge import JudgeConfig
 
 
-def _tiny(answer: str) -> TrainConfig:
+def _tiny(answer: str, steps: int = 390) -> TrainConfig:
     prompt = dataclasses.replace(tiny_prompt("judge"), answer=answer)
     return TrainConfig(
         name="judge",
         task=JudgeConfig(data=tiny_data(), model=ModelConfig("tiny"), prompt=prompt, candidates=12),
-        steps=390,
+        steps=steps,
         batch_size=32,
         optimizer=tiny_optimizer(),
     )
@@ -71,7 +71,8 @@ def get_config(variant: str) -> TrainConfig:
         {
             "tiny": lambda: _tiny("grade"),
             "tiny_grade_first": lambda: _tiny("grade_rationale"),
-            "tiny_rationale_first": lambda: _tiny("rationale_grade"),
+            # Its two readings come to agree late: the one by prefill has to foresee what the rationale will say.
+            "tiny_rationale_first": lambda: _tiny("rationale_grade", 600),
             "smollm2_135m_4l": _smollm2,
             "qwen3_1_7b": lambda: _qwen3("qwen3_1_7b"),
             "qwen3_8b": lambda: _qwen3("qwen3_8b"),
