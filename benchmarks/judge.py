@@ -183,7 +183,8 @@ def readings(bench: Bench, name: str, model: Model, split: Split) -> None:
 def generated(bench: Bench) -> None:
     """Both answer orders, and a smaller judge that learns from the first."""
     steps = ["--steps", str(bench.options.steps)] if bench.options.steps else []
-    bench.train("base", "base.py:tiny")
+    people = bench.options.dataset.endswith("people")
+    bench.train("base", "base.py:tiny_people" if people else "base.py:tiny")
     start = ["--task.model.init-from", str(bench.workdir / "base/model"), *steps]
     golden = Split(bench.data, "golden")
     grade_first = bench.train("grade_first", "judge.py:tiny_grade_first", *start)
