@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jaxsearch.config import TrainConfig, to_dict
 from jaxsearch.errors import InputError
-from jaxsearch.models.contract import CONTRACT_FILE, load_model
+from jaxsearch.models.contract import CONTRACT_FILE
 
 
 def finished(folder: Path, config: TrainConfig) -> bool:
@@ -14,9 +14,10 @@ def finished(folder: Path, config: TrainConfig) -> bool:
     Raises:
       InputError: it is done with other settings; names them.
     """
-    if not (folder / "model" / CONTRACT_FILE).is_file():
+    contract = folder / "model" / CONTRACT_FILE
+    if not contract.is_file():
         return False
-    there = _flat(load_model(folder / "model").contract.training)
+    there = _flat(json.loads(contract.read_text())["training"])
     wanted = _flat(json.loads(json.dumps(to_dict(config))))
     if differing := sorted(key for key in there | wanted if there.get(key) != wanted.get(key)):
         shown = ", ".join(f"{key} {there.get(key)!r} (not {wanted.get(key)!r})" for key in differing[:3])

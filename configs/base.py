@@ -37,7 +37,7 @@ def get_config(variant: str) -> TrainConfig:
         {
             "tiny": lambda: _tiny("tiny", 240),
             "tiny_student": lambda: _tiny("tiny_student", 180),
-            # One search in seven is for a name, and copying names is learned late: after 240 steps not at all.
+            # One search in eight is for a name, and copying names is learned late: after 240 steps not at all.
             "tiny_people": lambda: _tiny("tiny", 600, DataConfig("job_market:tiny_people")),
         },
     )

@@ -11,7 +11,7 @@ from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Quer
 RELEVANT = 3
 """The lowest grade that counts as relevant (the threshold of P@k)."""
 LEAST_GOLDEN = 10
-"""Judged golden queries below which the gate lets no judge label (`measurement.gate.AgreementGate.minimum_queries`)."""
+"""Judged golden queries below which the gate lets no judge label (default of `measurement.gate.AgreementGate`)."""
 LONG_DOCUMENT = 700
 """Words that about fill the 1,024 tokens of a full-size prompt; `:tiny` models read far less."""
 

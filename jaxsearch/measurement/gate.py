@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.summary import LEAST_GOLDEN
 from jaxsearch.errors import InputError
 from jaxsearch.measurement.agreement import AgreementReport, fingerprint, read_report
 from jaxsearch.measurement.files import ReportError
@@ -38,7 +39,7 @@ class AgreementGate:
     """Of the kappa."""
     reading: Reading = "argmax"
     """How its grade is read: "argmax" or "expected"."""
-    minimum_queries: int = 10
+    minimum_queries: int = LEAST_GOLDEN
     """Queries below which a kappa is not believed."""
 
     def __post_init__(self) -> None:
