@@ -187,10 +187,14 @@ def generated(bench: Bench) -> None:
     bench.train("base", "base.py:tiny_people" if people else "base.py:tiny")
     start = ["--task.model.init-from", str(bench.workdir / "base/model"), *steps]
     golden = Split(bench.data, "golden")
-    grade_first = bench.train("grade_first", "judge.py:tiny_grade_first", *start)
+    grade_first = bench.train(
+        "grade_first", "judge.py:tiny_people" if people else "judge.py:tiny_grade_first", *start
+    )
     readings(bench, "grade first", grade_first, golden)
     if "rationale_first" in bench.options.also:
-        rationale_first = bench.train("rationale_first", "judge.py:tiny_rationale_first", *start)
+        bench.train("base_long", "base.py:tiny_long")
+        longer = ["--task.model.init-from", str(bench.workdir / "base_long/model"), *steps]
+        rationale_first = bench.train("rationale_first", "judge.py:tiny_rationale_first", *longer)
         readings(bench, "rationale first", rationale_first, golden)
     if "distilled" in bench.options.also:
         distilled(bench, grade_first, golden, steps)

@@ -5,7 +5,7 @@
 
     python train.py --config configs/base.py:tiny_people --workdir runs/base_people
 
-Hardware: 2 CPU cores, a minute or two each (tiny_people: five).
+Hardware: 2 CPU cores, a minute or two each (tiny_long and tiny_people: five).
 """
 
 from jaxsearch.config import TrainConfig, pick
@@ -31,12 +31,14 @@ def _tiny(preset: str, steps: int, data: DataConfig | None = None) -> TrainConfi
 
 
 def get_config(variant: str) -> TrainConfig:
-    """Variants: tiny (teacher size), tiny_student, tiny_people."""
+    """Variants: tiny (teacher size), tiny_student, tiny_long, tiny_people."""
     return pick(
         variant,
         {
             "tiny": lambda: _tiny("tiny", 240),
             "tiny_student": lambda: _tiny("tiny_student", 180),
+            # Copying companies and skills is learned late: the demo has no time for it.
+            "tiny_long": lambda: _tiny("tiny", 600),
             # One search in eight is for a name, and copying names is learned late: after 240 steps not at all.
             "tiny_people": lambda: _tiny("tiny", 600, DataConfig("job_market:tiny_people")),
         },

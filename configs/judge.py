@@ -16,11 +16,11 @@ from jaxsearch.tasks.defaults import full_data, smollm2_optimizer, tiny_data, ti
 from jaxsearch.tasks.judge import JudgeConfig
 
 
-def _tiny(answer: str, steps: int = 390) -> TrainConfig:
+def _tiny(answer: str, steps: int = 390, data: DataConfig | None = None) -> TrainConfig:
     prompt = dataclasses.replace(tiny_prompt("judge"), answer=answer)
     return TrainConfig(
         name="judge",
-        task=JudgeConfig(data=tiny_data(), model=ModelConfig("tiny"), prompt=prompt, candidates=12),
+        task=JudgeConfig(data=data or tiny_data(), model=ModelConfig("tiny"), prompt=prompt, candidates=12),
         steps=steps,
         batch_size=32,
         optimizer=tiny_optimizer(),
@@ -65,14 +65,16 @@ def _qwen3(preset: str) -> TrainConfig:
 
 
 def get_config(variant: str) -> TrainConfig:
-    """Variants: tiny (writes the grade alone), tiny_grade_first, tiny_rationale_first, smollm2_135m_4l, qwen3_1_7b, qwen3_8b."""
+    """Variants: tiny (the grade alone), tiny_grade_first, tiny_rationale_first, tiny_people, smollm2_135m_4l, qwen3_1_7b, qwen3_8b."""
     return pick(
         variant,
         {
             "tiny": lambda: _tiny("grade"),
             "tiny_grade_first": lambda: _tiny("grade_rationale"),
             # Its two readings come to agree late: the one by prefill has to foresee what the rationale will say.
-            "tiny_rationale_first": lambda: _tiny("rationale_grade", 600),
+            "tiny_rationale_first": lambda: _tiny("rationale_grade", 900),
+            # That a model can copy a name does not make it compare two: it takes as long again.
+            "tiny_people": lambda: _tiny("grade_rationale", 900, DataConfig("job_market:tiny_people")),
             "smollm2_135m_4l": _smollm2,
             "qwen3_1_7b": lambda: _qwen3("qwen3_1_7b"),
             "qwen3_8b": lambda: _qwen3("qwen3_8b"),

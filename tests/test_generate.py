@@ -1,5 +1,7 @@
 """Generation: equal to forwarding the whole text again for each token, and honest sampling."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,16 @@ def test_a_batch_changes_no_text(decoder, naive):
     assert tokens[0].tolist() == naive[1]
 
 
+def test_a_text_begins_as_it_must(decoder, naive):
+    likeliest = [text[0] for text in naive]
+    others = [i for i in range(23) if i not in likeliest]
+    out, _ = generate(decoder, TOKENS, LENGTHS, max_new_tokens=MORE, eos_id=None, first_ids=others[:4])
+    assert set(np.asarray(out)[:, 0].tolist()) <= set(others[:4])
+    assert not set(np.asarray(out)[:, 1:].ravel().tolist()) <= set(others[:4])  # the rest is free
+    same, _ = generate(decoder, TOKENS, LENGTHS, max_new_tokens=MORE, eos_id=None, first_ids=likeliest)
+    np.testing.assert_array_equal(same, naive)
+
+
 def test_one_new_token(decoder, naive):
     tokens, counts = generate(decoder, TOKENS, LENGTHS, max_new_tokens=1, eos_id=0)
     assert tokens[:, 0].tolist() == [text[0] for text in naive]
@@ -119,12 +131,12 @@ def test_sampled_shares(options, expected):
     ("name", "value"),
     [
         ("max_new_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0),
-        ("top_k", 24), ("top_p", 0.0), ("top_p", 1.5),
+        ("top_k", 24), ("top_p", 0.0), ("top_p", 1.5), ("first_ids", []), ("first_ids", [23]),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused_by_name(decoder, name, value):
     options = {"max_new_tokens": 2, "eos_id": 0, "key": jax.random.key(0)} | {name: value}
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value}")):
         generate(decoder, TOKENS, LENGTHS, **options)
 
 

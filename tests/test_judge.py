@@ -218,8 +218,13 @@ def test_written_answers_follow_the_likeliest_token_at_each_place(world: Dataset
         for item, written in zip(records.items(query, chosen), answers, strict=True):
             tokens: list[int] = []
             while len(tokens) < 5 and (not tokens or tokens[-1] != records.room.end_id):
-                tokens.append(int(plain_logits(judge.module, prefix + item + tokens)[-1].argmax()))
+                next_logits = np.array(plain_logits(judge.module, prefix + item + tokens)[-1])
+                if not tokens and answer == "grade_rationale":  # held to a grade
+                    others = np.setdiff1d(np.arange(len(next_logits)), list(task.labels.values()))
+                    next_logits[others] = -np.inf
+                tokens.append(int(next_logits.argmax()))
             assert written == writer._read(tokens)
+            assert written.grade >= 0 or answer != "grade_rationale"
             assert written.tokens == len(tokens)
 
 

@@ -26,6 +26,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos_id: int | Sequence[int] | None,
+    first_ids: Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -42,6 +43,7 @@ def generate(
         lengths: how many tokens of each prompt exist, int [B], each at least 1.
         max_new_tokens: M, at least 1.
         eos_id: the token (or tokens) that end a text; None: none does.
+        first_ids: what a text may begin with, such as a judge's grades; None: anything.
         temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
         top_k: sample among the k likeliest tokens only.
         top_p: sample among the likeliest tokens that together reach this probability (at least one).
@@ -69,6 +71,10 @@ def generate(
         raise InputError(f"top_k is {top_k}: give 1 to {decoder.config.vocab_size} (the vocabulary)")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}: give a probability above 0, at most 1")
+    if first_ids is not None and not (
+        len(first_ids) and all(0 <= i < decoder.config.vocab_size for i in first_ids)
+    ):
+        raise InputError(f"first_ids is {first_ids}: give ids from 0 to {decoder.config.vocab_size - 1}")
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
     graph, state = nnx.split(decoder)
     probability = None if top_p is None else jnp.float32(top_p)
@@ -78,6 +84,7 @@ def generate(
         tokens,
         lengths,
         jnp.asarray(ends, jnp.int32),
+        None if first_ids is None else jnp.asarray(first_ids, jnp.int32),
         None if key is None or temperature == 0 else (key, jnp.float32(temperature), probability),
         max_new_tokens=max_new_tokens,
         top_k=top_k if temperature > 0 else None,
@@ -91,6 +98,7 @@ def _generate(
     tokens: Array,
     lengths: Array,
     ends: Array,
+    firsts: Array | None,
     sampling: tuple[Array, Array, Array | None] | None,
     *,
     max_new_tokens: int,
@@ -99,8 +107,11 @@ def _generate(
     decoder: Decoder = nnx.merge(graph, state)
     rows, length = tokens.shape
 
-    def choose(hidden: Array, step: Array | int) -> Array:
+    def choose(hidden: Array, step: Array | int, only: Array | None = None) -> Array:
         logits = decoder.logits(hidden)
+        if only is not None:
+            may = jnp.zeros(logits.shape[-1], bool).at[only].set(True)
+            logits = jnp.where(may[None], logits, -jnp.inf)
         if sampling is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         key, temperature, top_p = sampling
@@ -138,7 +149,7 @@ def _generate(
 
     done, counts = jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
     out = jnp.zeros((rows, max_new_tokens), jnp.int32)
-    first = record(0, choose(last, 0), done, counts, out, cache)
+    first = record(0, choose(last, 0, firsts), done, counts, out, cache)
     *_, counts, out, _ = jax.lax.while_loop(going, advance, first)
     return out, counts
 

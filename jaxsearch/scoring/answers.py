@@ -26,7 +26,7 @@ class Answer(NamedTuple):
     """What a judge wrote about one pair."""
 
     grade: int
-    """0 to 4; -1 where the text holds no grade at the place where it belongs."""
+    """0 to 4. A text that begins with its grade always has one; where the grade comes last, -1 if it is missing."""
     rationale: str
     tokens: int
     """Tokens written, the end token included."""
@@ -90,6 +90,7 @@ class AnswerWriter:
                 lengths,
                 max_new_tokens=self.config.max_answer_tokens,
                 eos_id=self._records.room.end_id,
+                first_ids=list(self._grades) if self.config.answer == "grade_rationale" else None,
             )
             for i, ids, count in zip(group, np.asarray(texts), np.asarray(counts), strict=False):
                 answers[i] = self._read(ids[:count].tolist())
