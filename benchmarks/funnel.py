@@ -470,12 +470,12 @@ def main() -> int:
     relevance = demo.train(
         "relevance_teacher", "relevance_teacher.py:tiny", *from_judge, "--task.labels", labels
     )
-    scores = ["--task.relevance-scores", demo.label("relevance_scores", relevance, data, per_query=16)]
+    scores = ["--task.relevance-teachers", demo.label("relevance_scores", relevance, data, per_query=16)]
     engagement = None
     if data.impressions:
         engagement = demo.train("engagement_teacher", "engagement_teacher.py:tiny", *from_judge)
         scores += [
-            "--task.engagement-scores",
+            "--task.engagement-teachers",
             demo.label("engagement_scores", engagement, data, per_query=16),
         ]
     ranker = demo.train(

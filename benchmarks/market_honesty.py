@@ -34,7 +34,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jaxsearch.data.datasets import Dataset, load_dataset
-from jaxsearch.data.prompts import FEATURES
+from jaxsearch.data.prompts import FEATURES, Value
 from jaxsearch.data.score_store import read_scores
 from jaxsearch.metrics import bootstrap_mean, resamples
 from jaxsearch.retrieval.bm25 import Bm25, document_text
@@ -164,8 +164,8 @@ class Impressions:
         }
 
 
-def _as_number(text: str | None) -> float:
-    return {"True": 1.0, "False": 0.0, None: 0.0}[text] if text in ("True", "False", None) else float(text)
+def _as_number(value: Value) -> float:
+    return 0.0 if value is None else float(value)
 
 
 def rates(shown: Impressions) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """The ranker (paper section 4): one student of the relevance and the engagement teacher, whose scores are read from stores.
 
     python train.py --config configs/ranker.py:tiny --workdir runs/ranker --task.model.init-from runs/retriever/model \
-        --task.relevance-scores runs/relevance_scores --task.engagement-scores runs/engagement_scores
+        --task.relevance-teachers runs/relevance_scores --task.engagement-teachers runs/engagement_scores
 
 Hardware: tiny 2 CPU cores; qwen3_0_6b a TPU or GPU slice.
 """

@@ -166,8 +166,8 @@ def train_funnel(folder: Path) -> Funnel:
         score("relevance_teacher")
         score("engagement_teacher")
         stores = [
-            "--task.relevance-scores", str(funnel.store("relevance_teacher")),
-            "--task.engagement-scores", str(funnel.store("engagement_teacher")),
+            "--task.relevance-teachers", str(funnel.store("relevance_teacher")),
+            "--task.engagement-teachers", str(funnel.store("engagement_teacher")),
         ]  # fmt: skip
         train("ranker", "ranker.py:tiny", *start("retriever"), *stores)
         return funnel

@@ -15,6 +15,7 @@ from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.records import ACTIONS, Query, RecordError, to_dict
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import load_model
+from jaxsearch.scoring.utility import UtilityConfig
 from jaxsearch.serving import batch
 from jaxsearch.serving.batch import META, RANKINGS, TREC, rank_file
 from jaxsearch.serving.bundle import Bundle, Result, make_scorer
@@ -91,6 +92,25 @@ def test_trec_scores_fall_strictly_even_where_ours_tie(tmp_path: Path) -> None:
     assert scores == pytest.approx([90.5, 90.5, 90.5, 0, -3e4], abs=2e-5)
 
 
+def test_another_final_order(bundle: Bundle, queries: Path, tmp_path: Path, small_parts: None) -> None:
+    """Applications alone, worst first, and nothing certain: all documents lie below a floor of 1, none below one of 0."""
+    for name, config in (("a", UtilityConfig({"apply": -2.0})), ("b", UtilityConfig({"apply": -2.0}, 1.0))):
+        rank_file(bundle.with_utility(config), queries, tmp_path / name, depth=8, top=8)
+        assert json.loads((tmp_path / name / META).read_text())["utility"] == config.to_dict()
+    rank_file(bundle, queries, tmp_path / "default", depth=8, top=8)
+    for row, last, plain in zip(*(rows(tmp_path / name) for name in ("a", "b", "default")), strict=True):
+        applied = [result["actions"]["apply"] for result in row["results"]]
+        assert applied == sorted(applied)
+        assert [result["score"] for result in row["results"]] == [-2 * value for value in applied]
+        ids = [result["document_id"] for result in plain["results"]]
+        assert [result["document_id"] for result in last["results"]] == ids
+    lines = [line.split() for line in (tmp_path / "b" / TREC).read_text().splitlines()]
+    scores = [float(line[4]) for line in lines if line[0] == "x3"]
+    assert len(scores) == 8
+    assert all(a > b for a, b in itertools.pairwise(scores))
+    assert all(score < -2 for score in scores)
+
+
 @pytest.mark.parametrize("part", [1, 2])
 def test_a_resumed_run_equals_the_first_bit_for_bit(
     bundle: Bundle, bundle_folder: Path, queries: Path, tmp_path: Path, small_parts: None, part: int
@@ -146,6 +166,10 @@ def test_results_of_something_else_are_not_continued(bundle: Bundle, queries: Pa
         rank_file(bundle, queries, out, depth=6, top=3)
     with pytest.raises(InputError, match="another top"):
         rank_file(bundle, queries, out, depth=5, top=2)
+    with pytest.raises(InputError, match="another utility"):
+        rank_file(bundle.with_utility(UtilityConfig({"click": 1})), queries, out, depth=5, top=3)
+    with pytest.raises(InputError, match="another utility"):
+        rank_file(bundle.with_utility(UtilityConfig(floor=0.1)), queries, out, depth=5, top=3)
     write_lines(queries, [to_dict(query("x", 0))])
     with pytest.raises(InputError, match="another queries_sha256"):
         rank_file(bundle, queries, out, depth=5, top=3)

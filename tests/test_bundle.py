@@ -16,6 +16,8 @@ from small_market import Funnel, documents, fast_compilation, query
 from jaxsearch.data.records import ACTIONS, Document, Query, RecordError
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import ContractError, load_model, save_model
+from jaxsearch.scoring.calibration import Calibrator, Knots, load_calibrators
+from jaxsearch.scoring.utility import UtilityConfig
 from jaxsearch.serving import bundle as bundles
 from jaxsearch.serving.bundle import BUNDLE_FILE, Bundle, BundleError, build_bundle, golden_error
 
@@ -46,7 +48,7 @@ def test_results_are_ordered_by_the_ranker(bundle: Bundle) -> None:
         assert sorted(rows) == sorted(np.argsort(-similar, kind="stable")[:5].tolist())
         (logits,) = bundle.scorer([item], [np.array(rows)])
         scores = logits[:, 0] - logits[:, 1]
-        np.testing.assert_allclose([result.score for result in results], scores, atol=1e-4)
+        np.testing.assert_allclose([result.score for result in results], expit(scores), atol=1e-4)
         assert [result.score for result in results] == sorted((r.score for r in results), reverse=True)
         np.testing.assert_allclose([result.relevance for result in results], expit(scores), atol=1e-4)
         for result, row in zip(results, logits, strict=True):
@@ -63,6 +65,48 @@ def test_ties_go_to_the_earlier_document(bundle: Bundle, monkeypatch: pytest.Mon
     tied = dataclasses.replace(bundle, scorer=score)
     (results,) = tied.rank([query("x", 0)], depth=8)
     assert [result.row for result in results] == [2, 6, 0, 1, 3, 4, 5, 7]
+
+
+def scored(bundle: Bundle, **changes: Any) -> Bundle:
+    """A bundle whose ranker gives document m the relevance 5 - m, but 1 to documents 4 and 5, and the click m - 3; nothing else."""
+
+    def score(queries: list[Query], rows: list[np.ndarray], progress: Any = None) -> list[np.ndarray]:
+        relevance = [np.where(np.isin(found, [4, 5]), 1.0, 5.0 - found) for found in rows]
+        return [
+            np.stack([one, *[np.zeros(len(one))] * 6], 1) + np.eye(7)[2] * (found[:, None] - 3.0)
+            for one, found in zip(relevance, rows, strict=True)
+        ]
+
+    return dataclasses.replace(bundle, scorer=score, **changes)
+
+
+RELEVANCE = Calibrator((), (Knots((-2.0, 2.0), (0.1, 0.9)),))
+CLICK = Calibrator((1, 10), (Knots((-3.0, 5.0), (0.2, 0.6)), Knots((0.0,), (0.01,))))
+
+
+def test_probabilities_are_calibrated_at_the_serving_position(bundle: Bundle) -> None:
+    calibrated = scored(bundle, calibrators={"relevance": RELEVANCE, "click": CLICK})
+    (results,) = calibrated.rank([query("x", 0)], depth=8)
+    # Documents 0 to 3 lie beyond the last knot: what ties after calibration keeps the order of the ranker.
+    assert [result.row for result in results] == [0, 1, 2, 3, 4, 5, 6, 7]
+    np.testing.assert_allclose([r.relevance for r in results], [0.9] * 4 + [0.7, 0.7, 0.3, 0.1])
+    np.testing.assert_allclose([r.actions["click"] for r in results], 0.2 + 0.05 * np.arange(8))
+    assert {result.actions["apply"] for result in results} == {0.5}
+    assert [result.score for result in results] == [result.relevance for result in results]
+    (elsewhere,) = dataclasses.replace(calibrated, position=2).rank([query("x", 0)], depth=8)
+    assert {result.actions["click"] for result in elsewhere} == {0.01}
+
+
+def test_the_final_order_by_hand(bundle: Bundle) -> None:
+    found = scored(bundle, calibrators={"relevance": RELEVANCE, "click": CLICK})
+    config = UtilityConfig({"relevance": 1, "click": 3}, floor=0.5)
+    (results,) = found.with_utility(config).rank([query("x", 0)], depth=8)
+    # Relevance .9 four times, .7 twice, then .3 and .1, which is below the floor; clicks .2, .25, ... .55.
+    assert [result.row for result in results] == [5, 3, 4, 2, 1, 0, 6, 7]
+    np.testing.assert_allclose([r.score for r in results], [2.05, 1.95, 1.9, 1.8, 1.65, 1.5, -0.7, -0.9])
+    assert found.utility == UtilityConfig()
+    with pytest.raises(InputError, match="'connect' is not scored by this ranker: use relevance, click"):
+        found.with_utility(UtilityConfig({"connect": 1}))
 
 
 def test_depth(bundle: Bundle) -> None:
@@ -136,6 +180,58 @@ def test_what_cannot_be_built(funnel: Funnel, tmp_path: Path) -> None:
     assert (tmp_path / "letters" / "love.txt").read_text() == "keep me"
 
 
+def test_calibrators_and_utility_are_kept(funnel: Funnel, tmp_path: Path) -> None:
+    ranker, retriever = load_model(funnel.model("ranker")), load_model(funnel.model("retriever"))
+    values = {"relevance": RELEVANCE.to_dict(), "click": CLICK.to_dict()}
+    contract = dataclasses.replace(ranker.contract, calibrators=values)
+    config = UtilityConfig({"relevance": 1, "click": -0.25}, 0.2)
+    calibrated = dataclasses.replace(ranker, contract=contract)
+    build_bundle(tmp_path / "b", calibrated, retriever, documents(), config)
+    opened = Bundle.open(tmp_path / "b")
+    assert opened.utility == config
+    assert opened.position == 1
+    assert opened.calibrators == load_calibrators(contract) == {"relevance": RELEVANCE, "click": CLICK}
+    assert golden_error(calibrated) == golden_error(ranker)
+    (results,) = opened.rank([query("x", 0)], depth=8)
+    (logits,) = opened.scorer([query("x", 0)], [np.array([result.row for result in results])])
+    relevance, click = RELEVANCE(logits[:, 0] - logits[:, 1]), CLICK(logits[:, 2], 1)
+    np.testing.assert_allclose([result.relevance for result in results], relevance, atol=1e-4)
+    np.testing.assert_allclose([result.actions["click"] for result in results], click, atol=1e-4)
+    np.testing.assert_allclose([result.score for result in results], relevance - 0.25 * click, atol=1e-4)
+    with pytest.raises(InputError, match="'connect' is not scored by this ranker"):
+        build_bundle(tmp_path / "c", ranker, retriever, documents(), UtilityConfig({"connect": 1}))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_bundle_of_format_1_is_ordered_by_relevance(copy: Path, bundle: Bundle) -> None:
+    values = json.loads((copy / BUNDLE_FILE).read_text())
+    assert values["format"] == 2
+    del values["utility"]
+    (copy / BUNDLE_FILE).write_text(json.dumps(values | {"format": 1}))
+    opened = Bundle.open(copy)
+    assert opened.utility == UtilityConfig()
+    ours, theirs = (found.rank([query("x", 1)], depth=4)[0] for found in (bundle, opened))
+    assert [result.row for result in ours] == [result.row for result in theirs]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "utility is 'None': give an object"),
+        ({"weights": {"relevance": "1"}, "floor": 0}, "the weight of 'relevance' is '1'"),
+        ({"weights": {"relevance": 0}, "floor": 0}, "no weight differs from 0"),
+        ({"weights": {"relevance": 1}, "floor": 2}, "the floor is 2"),
+        ({"weights": {"connect": 1}, "floor": 0}, "'connect' is not scored by this ranker"),
+    ],
+)
+def test_hostile_utilities(copy: Path, value: Any, words: str) -> None:
+    values = json.loads((copy / BUNDLE_FILE).read_text())
+    (copy / BUNDLE_FILE).write_text(json.dumps(values | {"utility": value}))
+    with pytest.raises(BundleError, match="cannot be used") as caught:
+        Bundle.open(copy)
+    assert words in str(caught.value)
+
+
 def test_a_build_that_stops_leaves_what_was_there(
     funnel: Funnel, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +277,7 @@ def test_a_bundle_that_is_replaced_while_it_is_read_is_not_opened(
         ("{", "cannot be used"),
         ("[]", "cannot be used"),
         ("{}", "cannot be used .*format"),
-        ('{"format": 2}', "format is 2, this version reads 1"),
+        ('{"format": 3}', "format is 3, this version reads 2"),
         ('{"format": 1, "ranker": "x"}', "cannot be used .*retriever"),
         ("[" * 100_000, "cannot be used"),
     ],

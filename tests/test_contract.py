@@ -46,7 +46,9 @@ def ranker(tokenizer: Tokenizer, **changes: Any) -> Contract:
         "prompts": {"pair": PromptConfig("ranker", chat="tiny", features=("near",), searcher=())},
         "labels": {name: tokenizer.label(name) for name in ("Yes", "No")},
         "actions": ACTIONS,
-        "calibrators": {"click": {"x": [0.0, 1.0]}},
+        "calibrators": {
+            "click": {"positions": [], "maps": [{"log_odds": [0.0, 1.0], "probability": [0.25, 0.5]}]}
+        },
         "training": {"name": "ranker", "seed": 3},
         "golden": (golden,),
     }

@@ -1,5 +1,6 @@
-"""The commands of serving: build, batch, label; bad input ends with a message and 2, never with a traceback."""
+"""The commands of serving: build, batch, calibrate, label; bad input ends with a message and 2, never with a traceback."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import jaxsearch.data.datasets
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.records import to_dict
 from jaxsearch.data.score_store import read_scores
+from jaxsearch.models.contract import load_model
 from jaxsearch.serving.main import main
 
 
@@ -46,6 +48,80 @@ def test_build_then_batch(funnel: Funnel, tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == f"{out}: 3 queries, 3 of them from an earlier run, 0 without a result\n"
     rows = [json.loads(line) for line in (tmp_path / "out" / "rankings.jsonl").read_text().splitlines()]
     assert [len(row["results"]) for row in rows] == [2, 2, 2]
+
+
+def test_the_final_order(funnel: Funnel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path / "d.jsonl", map(to_dict, documents()[:5]))
+    write_lines(tmp_path / "q.jsonl", [to_dict(query("x", i)) for i in range(3)])
+    models = ["--ranker", str(funnel.model("ranker")), "--retriever", str(funnel.model("retriever"))]
+    build = ["build", *models, "--documents", str(tmp_path / "d.jsonl"), "--output", str(tmp_path / "bundle")]
+    assert main([*build, "--utility", "relevance=1,connect=1"]) == 2
+    assert "'connect' is not scored by this ranker" in capsys.readouterr().err
+    assert main([*build, "--floor", "-1"]) == 2
+    assert "the floor is -1.0: give a probability from 0 to 1" in capsys.readouterr().err
+    assert main([*build, "--utility", "relevance=1,apply=0.5", "--floor", "0.2"]) == 0
+    built = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert built["utility"] == {"weights": {"relevance": 1, "apply": 0.5}, "floor": 0.2}
+    batch = ["batch", "--bundle", str(tmp_path / "bundle"), "--queries", str(tmp_path / "q.jsonl")]
+    for options, utility in (
+        ([], built["utility"]),
+        (["--floor", "0"], {"weights": {"relevance": 1, "apply": 0.5}, "floor": 0}),
+        (["--utility", "dismiss=-1"], {"weights": {"dismiss": -1}, "floor": 0.2}),
+    ):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        assert main([*batch, "--output", str(out), *options]) == 0
+        assert json.loads((out / "batch.json").read_text())["utility"] == utility
+    assert main([*batch, "--output", str(out)]) == 2
+    assert "holds results made with another utility" in capsys.readouterr().err
+    assert main([*batch, "--output", str(tmp_path / "no"), "--utility", "click"]) == 2
+    assert "'click' is no weight: write it as" in capsys.readouterr().err
+
+
+def test_calibrate(
+    funnel: Funnel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jaxsearch.data.datasets, "load_dataset", lambda name, folder: funnel.data)
+    source, out, picture = funnel.model("ranker"), tmp_path / "calibrated", tmp_path / "r.png"
+    options = ["calibrate", "--model", str(source), "--dataset", "job_market:tiny", "--output", str(out)]
+    assert main([*options, "--report", str(picture)]) == 0
+    before, after = load_model(source), load_model(out)
+    assert after.hash != before.hash
+    assert set(after.contract.calibrators) == {"relevance", *before.contract.actions}
+    assert dataclasses.replace(after.contract, calibrators={}) == before.contract
+    assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{out}: {after.hash}"
+    assert [line.split()[:6] for line in printed[1:3]] == [
+        ["test", "relevance", "8", "of", "16", "1"],
+        ["test", "click", "4", "of", "20", "1"],
+    ]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(options) == 0  # over its own output: the same model
+    assert load_model(out).hash == after.hash
+
+
+def test_calibrate_refuses(
+    funnel: Funnel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jaxsearch.data.datasets, "load_dataset", lambda name, folder: funnel.data)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "love.txt").write_text("keep me")
+    source = funnel.model("ranker")
+    for model, output, more, words in (
+        (source, source, [], "holds the model itself: give another folder"),
+        (source, tmp_path / "letters", [], "is not empty and holds no model: give a new folder"),
+        (source, tmp_path / "letters" / "love.txt", [], "is not empty and holds no model"),
+        (source, tmp_path / "o", ["--split", "test"], "--split is test, which calibration is measured on"),
+        (source, tmp_path / "o", ["--split", "train"], "which the model has learned from"),
+        (source, tmp_path / "o", ["--split", "x"], "split is 'x': small has train, dev, test"),
+        (source, tmp_path / "o", ["--report", str(tmp_path / "no" / "r.png")], "there is no such folder"),
+        (funnel.model("judge"), tmp_path / "o", [], "a judge cannot be calibrated"),
+    ):
+        options = ["--model", str(model), "--dataset", "d", "--output", str(output), *more]
+        assert main(["calibrate", *options]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    assert (tmp_path / "letters" / "love.txt").read_text() == "keep me"
 
 
 def test_label(

@@ -86,7 +86,7 @@ def from_start(funnel: Funnel, stage: str) -> list[str]:
 
 def stores(funnel: Funnel) -> list[str]:
     names = ("relevance", "engagement")
-    return [word for n in names for word in (f"--task.{n}-scores", str(funnel.store(f"{n}_teacher")))]
+    return [word for n in names for word in (f"--task.{n}-teachers", str(funnel.store(f"{n}_teacher")))]
 
 
 # --- every stage, trained for three steps by its config -------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_judge_loss(world: Dataset) -> None:
 
 def test_relevance_teacher_loss_on_grades(world: Dataset) -> None:
     task: RelevanceTeacherTask = build(
-        "relevance_teacher", "--task.candidates", "5", "--task.listwise-weight", "0.25"
+        "relevance_teacher", "--task.candidates", "5", "--task.ranking-weight", "0.25"
     )
     batch = task.batch(np.array([0, 1, 2]), rngs(0, 3))
     batch["target"][2, :4] = 0  # a list that nothing can be learnt of the order from
@@ -533,7 +533,7 @@ def ranker_stores(world: Dataset, tmp_path: Path) -> list[str]:
         columns,
         lambda q, row: None if row == 2 else (9, 9, *(row / 5 - np.arange(5) / 3)),
     )
-    return ["--task.relevance-scores", relevance, "--task.engagement-scores", engagement]
+    return ["--task.relevance-teachers", relevance, "--task.engagement-teachers", engagement]
 
 
 def test_a_sure_judges_yes_probability_is_no_more_than_one(world: Dataset, tmp_path: Path) -> None:
@@ -584,12 +584,13 @@ def test_ranker_learns_from_each_teacher_what_that_teacher_scored(world: Dataset
     batch = task.batch(np.array([0, 4]), rngs(0, 2))
     logits = answers(task, batch)
     where = batch["items"].where
-    rel, eng = where & ~np.isnan(batch["relevance"]), where & ~np.isnan(batch["engagement"]).any(-1)
+    rel = where & ~np.isnan(batch["relevance_0"][..., 0])
+    eng = where & ~np.isnan(batch["engagement_0"]).any(-1)
     assert 0 < rel.sum() < where.sum()
     assert 0 < eng.sum() < where.sum()
     assert (rel | eng)[where].all()
-    log_odds, teacher = logits[..., 0] - logits[..., 1], batch["relevance"]
-    each = binary(batch["engagement"][eng], logits[..., 2:][eng])
+    log_odds, teacher = logits[..., 0] - logits[..., 1], batch["relevance_0"][..., 0]
+    each = binary(sigmoid(batch["engagement_0"][eng]), logits[..., 2:][eng])
     check_masked(
         task,
         batch,
@@ -608,9 +609,9 @@ def test_ranker_targets_are_what_the_teachers_say(world: Dataset, tmp_path: Path
     for example in task.examples:
         rows = example.documents.astype(float)
         expected = np.where(rows == 1, np.nan, rows / 4 - example.query / 8)
-        np.testing.assert_allclose(example.targets["relevance"], expected, rtol=1e-5)
-        expected = np.where(rows[:, None] == 2, np.nan, sigmoid(rows[:, None] / 5 - np.arange(5) / 3))
-        np.testing.assert_allclose(example.targets["engagement"], expected, rtol=1e-5)
+        np.testing.assert_allclose(example.targets["relevance_0"][:, 0], expected, rtol=1e-5)
+        expected = np.where(rows[:, None] == 2, np.nan, rows[:, None] / 5 - np.arange(5) / 3)
+        np.testing.assert_allclose(example.targets["engagement_0"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_ranker_without_an_engagement_teacher(world: Dataset, tmp_path: Path) -> None:
@@ -621,8 +622,9 @@ def test_ranker_without_an_engagement_teacher(world: Dataset, tmp_path: Path) ->
     batch = task.batch(np.array([0, 4]), rngs(0, 2))
     logits = answers(task, batch)
     where, log_odds = batch["items"].where, logits[..., 0] - logits[..., 1]
-    kl = binary(sigmoid(batch["relevance"][where]), log_odds[where]).mean()
-    lists = listwise_teacher(log_odds, batch["relevance"], where, 0.5)
+    teacher = batch["relevance_0"][..., 0]
+    kl = binary(sigmoid(teacher[where]), log_odds[where]).mean()
+    lists = listwise_teacher(log_odds, teacher, where, 0.5)
     check_masked(task, batch, logits, {"kl": kl, "listwise": 2.0 * lists})
 
 
@@ -805,9 +807,34 @@ def test_a_scorer_is_made_once_and_takes_over_new_weights(world: Dataset) -> Non
             ["--task.task-weights", "1", "2"],
             "task.task_weights has 2 numbers: give one for each of click",
         ),
-        ("ranker", [], "task.relevance_scores is empty"),
+        ("ranker", [], "task.relevance_teachers is empty"),
         ("ranker", ["--task.alpha", "1.5"], "task.alpha is 1.5: give a number from 0"),
-        ("ranker", ["--task.temperature", "0"], "task.temperature is 0.0: give a positive number"),
+        ("ranker", ["--task.list-temperature", "0"], "task.list_temperature is 0.0: give a positive number"),
+        (
+            "ranker",
+            ["--task.teachers", "dreamt"],
+            "task.teachers is 'dreamt': use one of stored, online, async",
+        ),
+        (
+            "ranker",
+            ["--task.relevance-teachers", "a", "--task.temperatures", "1", "2"],
+            "task.temperatures is (1.0, 2.0): give a positive number for each of the 1 teachers",
+        ),
+        (
+            "relevance_teacher",
+            ["--task.ranking-loss", "mood"],
+            "task.ranking_loss is 'mood': use one of listwise",
+        ),
+        (
+            "relevance_teacher",
+            ["--task.label-form", "ordinal"],
+            "task.prompt.kind is 'ranker': this task needs 'judge'",
+        ),
+        (
+            "engagement_teacher",
+            ["--task.mask-below", "2"],
+            "task.mask_below is 2.0: give a share from 0 to 1",
+        ),
         (
             "retriever",
             ["--task.threshold", "4"],
@@ -839,8 +866,8 @@ def test_a_data_set_without_impressions(world: Dataset, monkeypatch: pytest.Monk
         ConfigError, match="data job_market:tiny has no impressions: an engagement teacher cannot"
     ):
         build("engagement_teacher")
-    with pytest.raises(ConfigError, match=r"has no impressions: leave task\.engagement_scores empty"):
-        build("ranker", "--task.relevance-scores", "r", "--task.engagement-scores", "e")
+    with pytest.raises(ConfigError, match=r"has no impressions: leave task\.engagement_teachers empty"):
+        build("ranker", "--task.relevance-teachers", "r", "--task.engagement-teachers", "e")
 
 
 def test_stores_that_do_not_fit(world: Dataset, tmp_path: Path) -> None:

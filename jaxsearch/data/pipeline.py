@@ -33,7 +33,7 @@ class Pipeline:
         batch_size: examples in a global batch.
         seed: decides order and randomness, 0 <= seed < 2**32.
         process: number of this process, and how many there are; each builds a contiguous share of the batch.
-        prefetch: batches prepared ahead by a background thread.
+        prefetch: batches prepared ahead by a background thread; the queue holds no more.
 
     Raises:
         ConfigError: more examples in a batch than there are, or a batch that the processes do not divide.
@@ -59,6 +59,7 @@ class Pipeline:
         self._size = batch_size
         self._seed = seed
         self._prefetch = prefetch
+        self._made = self._taken = 0
         self._share = slice(index * batch_size // count, (index + 1) * batch_size // count)
         self._per_epoch = source.num_examples // batch_size
         # Drawing an order costs more than a batch; the thread that prefetches stays within an epoch for long.
@@ -82,6 +83,19 @@ class Pipeline:
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Yield the batches of steps start, ..., stop - 1, prepared ahead in a thread."""
-        steps = grain.MapDataset.range(start, stop).map(lambda step: self.batch(int(step)))
+        self._made = self._taken = 0
+
+        def make(step: int) -> dict[str, Any]:
+            batch = self.batch(int(step))
+            self._made += 1
+            return batch
+
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
-        return iter(steps.to_iter_dataset(options))
+        for batch in grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options):
+            self._taken += 1
+            yield batch
+
+    @property
+    def ahead(self) -> int:
+        """Finished batches that wait in the queue: how many steps old a teacher's scores will be when the last of them is used."""
+        return self._made - self._taken

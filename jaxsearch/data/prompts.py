@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxsearch.data import network
 from jaxsearch.data.records import Document, Query
 from jaxsearch.data.tokenizer import Tokenizer
@@ -72,55 +74,61 @@ _QUESTION = {"ranker": "\nIs it relevant?", "judge": "\nGrade?"}
 _THING = {"jobs": "job posting", "people": "member profile"}
 
 
+Value = bool | int | float | None
+"""Of a feature: a whole number is written as it is, a fraction with so many decimals; None: unknown, left out."""
+
+
 class Feature(NamedTuple):
-    """One feature of the pair part: its name in prompts of either style and how its value is written (None: unknown, left out)."""
+    """One feature of the pair part: its name in prompts of either style, and its value."""
 
     full: str
     short: str
-    value: Callable[[Query, Document, int], str | None]
+    value: Callable[[Query, Document, int], Value]
 
 
-def _number(name: str, digits: int) -> Callable[[Query, Document, int], str | None]:
-    def value(query: Query, document: Document, position: int) -> str | None:
-        return f"{document.numeric[name]:.{digits}f}" if name in document.numeric else None
+def _fraction(name: str) -> Callable[[Query, Document, int], Value]:
+    return lambda query, document, position: document.numeric.get(name)
+
+
+def _whole(name: str) -> Callable[[Query, Document, int], Value]:
+    def value(query: Query, document: Document, position: int) -> Value:
+        return round(document.numeric[name]) if name in document.numeric else None
 
     return value
 
 
-def _pays(query: Query, document: Document, position: int) -> str | None:
+def _pays(query: Query, document: Document, position: int) -> Value:
     try:
         wanted = float(query.searcher["wanted_salary"])
     except (KeyError, ValueError):
         return None
-    return str(document.numeric["salary"] >= wanted) if "salary" in document.numeric else None
+    return document.numeric["salary"] >= wanted if "salary" in document.numeric else None
 
 
-def _near(query: Query, document: Document, position: int) -> str | None:
+def _near(query: Query, document: Document, position: int) -> Value:
     here, there = query.searcher.get("location"), document.attributes.get("city")
-    return str(here.lower() == there.lower()) if here and there else None
+    return here.lower() == there.lower() if here and there else None
 
 
-def _count(count: Callable[[Query, Document], int | None]) -> Callable[[Query, Document, int], str | None]:
-    def value(query: Query, document: Document, position: int) -> str | None:
-        found = count(query, document)
-        return None if found is None else str(found)
-
-    return value
+def _count(count: Callable[[Query, Document], int | None]) -> Callable[[Query, Document, int], Value]:
+    return lambda query, document, position: count(query, document)
 
 
 FEATURES = {
-    "position": Feature("position on the page", "position", lambda query, document, position: str(position)),
-    "company_ctr": Feature("company click rate", "rate", _number("company_ctr", 2)),
-    "age_days": Feature("days since posting", "age", _number("age_days", 0)),
+    "position": Feature("position on the page", "position", lambda query, document, position: position),
+    "company_ctr": Feature("company click rate", "rate", _fraction("company_ctr")),
+    "age_days": Feature("days since posting", "age", _whole("age_days")),
     "pays": Feature("pays what the searcher wants", "pays", _pays),
     "near": Feature("in the searcher's city", "near", _near),
     "distance": Feature("network distance", "distance", _count(network.distance)),
     "mutual": Feature("mutual connections", "mutual", _count(network.mutual)),
-    "connect_rate": Feature("connect rate", "rate", _number("connect_rate", 2)),
-    "active_days": Feature("days since active", "active", _number("active_days", 0)),
+    "connect_rate": Feature("connect rate", "rate", _fraction("connect_rate")),
+    "active_days": Feature("days since active", "active", _whole("active_days")),
 }
-"""Pair features by name, written as the paper found best (section 4): descriptive names, True/False words, two decimals.
-What a vertical does not know (people have no pay, postings no network distance) is left out of its prompts."""
+"""Pair features by name. How they are written is for `PromptConfig` to say; what a vertical does not know (people have no pay, postings no
+network distance) is left out of its prompts. Rates come smoothed from the data."""
+FEATURE_NAMES = ("style", "full", "short", "code")
+BOOLEANS = ("words", "digits")
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,13 @@ class PromptConfig:
     """Longer documents lose their end, which is reported."""
     features: tuple[str, ...] = ()
     """Names from `FEATURES` for the pair part, in order."""
+    feature_names: str = "style"
+    """"full" (descriptive, as the paper found best), "short" (one word), "code" (f1, f2, ...: what a log would call them), or "style":
+    full in full prompts, short in short ones."""
+    booleans: str = "words"
+    """"words" (True and False, as the paper found best) or "digits" (1 and 0)."""
+    decimals: int = 2
+    """Decimals of fractions such as click rates; the paper cuts them to two."""
     searcher: tuple[str, ...] = ("headline", "location")
     """Searcher fields shown in the prefix."""
     serving_position: int = 1
@@ -153,7 +168,14 @@ class PromptConfig:
     """Longest answer of a judge: what it may learn from, and where its generated text is cut."""
 
     def __post_init__(self) -> None:
-        checked = (("kind", KINDS), ("style", STYLES), ("chat", tuple(FORMATS)), ("answer", ANSWERS))
+        checked: tuple[tuple[str, tuple[str, ...]], ...] = (
+            ("kind", KINDS),
+            ("style", STYLES),
+            ("chat", tuple(FORMATS)),
+            ("answer", ANSWERS),
+            ("feature_names", FEATURE_NAMES),
+            ("booleans", BOOLEANS),
+        )
         for name, known in checked:
             if getattr(self, name) not in known:
                 raise InputError(f"prompt.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
@@ -164,7 +186,13 @@ class PromptConfig:
         for feature in self.features:
             if feature not in FEATURES:
                 raise InputError(f"prompt.features has {feature!r}: known are {', '.join(FEATURES)}")
-        for name in ("max_query_tokens", "max_document_tokens", "serving_position", "max_answer_tokens"):
+        for name in (
+            "max_query_tokens",
+            "max_document_tokens",
+            "serving_position",
+            "max_answer_tokens",
+            "decimals",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"prompt.{name} is {value!r}: use a whole number of at least 1")
@@ -287,18 +315,30 @@ class PromptRoom:
         """The features of a pair as text ("" without features)."""
         place = self.config.serving_position if position is None else position
         written = [
-            (FEATURES[name], FEATURES[name].value(query, document, place)) for name in self.config.features
+            (self._feature_name(number), self._value(FEATURES[name].value(query, document, place)))
+            for number, name in enumerate(self.config.features, start=1)
         ]
         if self.config.style == "short":
             # A number stands right behind its name: a space before a digit would be a token of its own.
             return "".join(
-                f" {feature.short}{value if value[0].isdigit() else ' ' + value}"
-                for feature, value in written
-                if value is not None
+                f" {name}{value if value[0].isdigit() else ' ' + value}" for name, value in written if value
             )
-        return "".join(
-            f"\n{feature.full.capitalize()}: {value}" for feature, value in written if value is not None
-        )
+        return "".join(f"\n{name[0].upper()}{name[1:]}: {value}" for name, value in written if value)
+
+    def _feature_name(self, number: int) -> str:
+        """What the prompt calls its so many-th feature (from 1)."""
+        feature, names = FEATURES[self.config.features[number - 1]], self.config.feature_names
+        if names == "code":
+            return f"f{number}"
+        return getattr(feature, self.config.style if names == "style" else names)
+
+    def _value(self, value: Value) -> str:
+        """A feature's value as text, "" where it is unknown."""
+        if value is None:
+            return ""
+        if isinstance(value, (bool, np.bool_)):
+            return str(bool(value)) if self.config.booleans == "words" else str(int(value))
+        return str(value) if isinstance(value, int) else f"{value:.{self.config.decimals}f}"
 
     def pairs(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of pair parts. Few different texts occur, so that their ids are kept."""

@@ -9,8 +9,10 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,10 @@ _PARTS = {
 }
 """Prompts that a kind needs, and their kinds."""
 CONTRACT_FILE, WEIGHTS_FILE = "contract.json", "model.safetensors"
+RELEVANCE = "relevance"
+"""The objective beside the actions."""
+MAX_KNOTS = 256
+"""Of one map of a calibrator."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
 """How far a golden score may move between machines and backends, by compute dtype (log-odds; cosine for a bi-encoder)."""
 
@@ -70,7 +76,7 @@ class Contract:
     actions: tuple[str, ...] = ()
     """Action heads, after the labels."""
     calibrators: Mapping[str, Any] = field(default_factory=dict)
-    """Objective -> calibrator; empty: scores are used as they are."""
+    """Objective ("relevance" or an action) -> calibrator as plain JSON values, see `check_calibrator`; what has none is used as it is."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The training configuration."""
     golden: tuple[Golden, ...] = ()
@@ -225,6 +231,69 @@ def load_weights(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
     nnx.update(module, nnx.from_flat_state(state))
 
 
+def check_calibrator(name: str, values: Any) -> None:
+    """Raise `ContractError`, which begins with `name`, unless these are the plain JSON values of a calibrator.
+
+    `positions`: the last position of each bucket, ascending; empty where positions do not count. `maps`: one per bucket, `log_odds`
+    strictly ascending and `probability` never descending, strictly between 0 and 1, at most 256 of each.
+    """
+
+    def check(good: bool, problem: str) -> None:
+        if not good:
+            raise ContractError(f"{name}{problem}; calibrate the model anew")
+
+    check(
+        isinstance(values, dict) and set(values) == {"positions", "maps"},
+        " is no object of positions and maps",
+    )
+    positions, maps = values["positions"], values["maps"]
+    check(
+        isinstance(positions, list) and all(type(p) is int and 1 <= p < 2**31 for p in positions),
+        ".positions is no list of whole numbers from 1",
+    )
+    check(all(a < b for a, b in pairwise(positions)), ".positions do not ascend")
+    check(
+        isinstance(maps, list) and len(maps) == max(len(positions), 1),
+        ".maps is no list of one map per position bucket",
+    )
+    for number, item in enumerate(maps):
+        place = f".maps[{number}]"
+        check(
+            isinstance(item, dict) and set(item) == {"log_odds", "probability"},
+            f"{place} is no object of log_odds and probability",
+        )
+        for part in ("log_odds", "probability"):
+            check(
+                isinstance(item[part], list) and all(map(_is_finite, item[part])),
+                f"{place}.{part} is no list of finite numbers",
+            )
+        log_odds, probability = (list(map(float, item[part])) for part in ("log_odds", "probability"))
+        check(
+            1 <= len(log_odds) == len(probability) <= MAX_KNOTS,
+            f"{place} has {len(log_odds)} log_odds and {len(probability)} probability, not as many of each, 1 to {MAX_KNOTS}",
+        )
+        check(all(a < b for a, b in pairwise(log_odds)), f"{place}.log_odds do not ascend")
+        check(all(a <= b for a, b in pairwise(probability)), f"{place}.probability descends")
+        check(probability[0] > 0 and probability[-1] < 1, f"{place}.probability is not between 0 and 1")
+
+
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+def _check_calibrators(calibrators: Mapping[str, Any], kind: str, actions: list[str]) -> None:
+    known = (RELEVANCE, *actions) if kind == "ranker" else ()
+    for name, values in calibrators.items():
+        if name not in known:
+            raise ValueError(f"calibrators.{name} is for none of {', '.join(known) or 'nothing'}")
+        check_calibrator(f"calibrators.{name}", values)
+        if name == RELEVANCE and values["positions"]:
+            raise ValueError(
+                f"calibrators.{name}.positions is {values['positions']}: relevance knows no position"
+            )
+
+
 def _parse(values: Mapping[str, Any]) -> Contract:
     if values.get("format") != FORMAT:
         raise ValueError(f"format is {values.get('format')!r}, this version reads {FORMAT}")
@@ -243,6 +312,7 @@ def _parse(values: Mapping[str, Any]) -> Contract:
     for name in ("calibrators", "training"):
         if not isinstance(values[name], dict):
             raise ValueError(f"{name} is {values[name]!r}, not an object")
+    _check_calibrators(values["calibrators"], kind, actions)
     prompts = {name: _prompt(prompt) for name, prompt in values["prompts"].items()}
     for part, wanted in _PARTS.get(kind, {}).items():
         if part not in prompts or prompts[part].kind != wanted:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy.special import logsumexp
 
 from jaxsearch.data.prompts import PromptConfig, PromptRoom
 from jaxsearch.data.records import Document, Query
@@ -95,6 +96,20 @@ class RecordScorer:
 def relevance_log_odds(logits: Scores) -> Scores:
     """A ranker's log p(Yes) - log p(No), fp32 [L] (logits [L, 2 + A])."""
     return logits[..., 0] - logits[..., 1]
+
+
+def graded_log_odds(logits: Scores) -> Scores:
+    """A judge's mean grade / 4 as log-odds, fp32 [L] (logits [L, 5]): what a Yes/No student can learn from.
+
+    The ratio of the expected grades from below and from above, sum_g p_g g to sum_g p_g (4 - g), as a difference of logarithms, which
+    stays exact where the judge is sure.
+    """
+    steps = np.arange(len(JUDGE_LABELS), dtype=np.float32).reshape(*[1] * (logits.ndim - 1), -1)
+    with np.errstate(divide="ignore"):
+        up, down = np.log(steps), np.log(steps[..., ::-1])
+    if isinstance(logits, np.ndarray):
+        return logsumexp(logits + up, axis=-1) - logsumexp(logits + down, axis=-1)
+    return jax.nn.logsumexp(logits + up, axis=-1) - jax.nn.logsumexp(logits + down, axis=-1)
 
 
 def action_log_odds(logits: Scores) -> Scores:

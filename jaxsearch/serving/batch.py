@@ -36,7 +36,7 @@ def rank_file(
     """Rank every query of a JSONL file.
 
     Args:
-      bundle: an opened bundle.
+      bundle: an opened bundle; its utility belongs to the job, so that results of another one are not continued.
       queries_file: one `Query` a line.
       output: folder for `rankings.jsonl` and `run.trec`.
       depth: candidates retrieved and ranked per query.
@@ -58,7 +58,8 @@ def rank_file(
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(Path(queries_file).read_bytes()).hexdigest()
-    _same_job(folder, {"bundle": bundle.hash, "queries_sha256": digest, "depth": depth, "top": top})
+    job = {"bundle": bundle.hash, "queries_sha256": digest, "depth": depth, "top": top}
+    _same_job(folder, {**job, "utility": bundle.utility.to_dict()})
     bundle.settle(queries[:PART], depth=depth)  # so that a resumed run gives the bits of an uninterrupted one
     resumed = 0
     files = []

@@ -7,25 +7,28 @@ does not reproduce them is not ready.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import expit
 
 from jaxsearch.data.jsonl import read_records, write_lines
 from jaxsearch.data.records import Document, Query, to_dict, unique_ids
 from jaxsearch.errors import InputError
-from jaxsearch.models.contract import ContractError, Model, load_model, save_model
+from jaxsearch.models.contract import RELEVANCE, ContractError, Model, load_model, save_model
 from jaxsearch.models.scorer import BiEncoder, Scorer
 from jaxsearch.retrieval.common import new_folder
 from jaxsearch.retrieval.exhaustive import filter_mask
 from jaxsearch.retrieval.index import ScannIndex
-from jaxsearch.scoring.records import Embedder, RecordScorer, action_log_odds, relevance_log_odds
+from jaxsearch.scoring.calibration import Calibrator, load_calibrators, objective_log_odds, probabilities
+from jaxsearch.scoring.records import Embedder, RecordScorer
+from jaxsearch.scoring.utility import UtilityConfig, order, utility
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, 2)
+"""Format 1 knew no utility: it orders by relevance alone."""
 BUNDLE_FILE = "bundle.json"
 
 
@@ -34,11 +37,23 @@ class BundleError(InputError):
 
 
 def build_bundle(
-    folder: str | os.PathLike[str], ranker: Model, retriever: Model, documents: Sequence[Document]
+    folder: str | os.PathLike[str],
+    ranker: Model,
+    retriever: Model,
+    documents: Sequence[Document],
+    config: UtilityConfig | None = None,
 ) -> None:
     """Encode the documents, build the index, and write a bundle; one that is there stays as it is until the new one is whole.
 
+    Args:
+      folder: of the bundle.
+      ranker: with its calibrators, where it has some.
+      retriever: a bi-encoder.
+      documents: the corpus.
+      config: what results are ordered by; left out: relevance alone.
+
     Raises:
+      InputError: the utility names an action that the ranker does not score.
       BundleError: the folder is not empty and no bundle, there is no document, or the models are of the wrong kind.
       RecordError: a bad document, or two with one id.
     """
@@ -46,6 +61,8 @@ def build_bundle(
     if root.exists() and any(root.iterdir()) and not (root / BUNDLE_FILE).is_file():
         raise BundleError(f"{root} is not empty and holds no bundle: give a new folder")
     _check_kinds(ranker, retriever)
+    config = config or UtilityConfig()
+    config.check(ranker.contract.actions)
     if not documents:
         raise BundleError("there are no documents: give at least one")
     for document in documents:
@@ -57,7 +74,7 @@ def build_bundle(
             values[name] = save_model(new / name, model.module, model.contract, model.tokenizer)
         write_lines(new / "documents.jsonl", map(to_dict, documents))
         ScannIndex.build(make_embedder(retriever).documents(documents)).save(new / "index")
-        values |= _data_hashes(new)
+        values |= {**_data_hashes(new), "utility": config.to_dict()}
         (new / BUNDLE_FILE).write_text(json.dumps(values, indent=1) + "\n")
 
 
@@ -135,11 +152,11 @@ class Result(NamedTuple):
     row: int
     """Of `Bundle.documents`."""
     score: float
-    """Relevance log-odds, what results are ordered by."""
+    """Utility, what results are ordered by."""
     relevance: float
-    """Probability."""
+    """Probability, calibrated where the ranker has a calibrator."""
     actions: dict[str, float]
-    """Probability per action."""
+    """Probability per action at the serving position, calibrated likewise."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +170,12 @@ class Bundle:
     actions: tuple[str, ...]
     hash: str
     """SHA-256 of bundle.json: what results were made with."""
+    calibrators: Mapping[str, Calibrator] = field(default_factory=dict)
+    """By objective; what has none is the sigmoid of its log-odds."""
+    position: int = 1
+    """The serving position, which actions are calibrated at."""
+    utility: UtilityConfig = field(default_factory=UtilityConfig)
+    """What results are ordered by; replace it with `with_utility`."""
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "Bundle":
@@ -169,11 +192,12 @@ class Bundle:
         text = path.read_text()
         try:
             values = json.loads(text)
-            if values["format"] != FORMAT:
+            if values["format"] not in _READ:
                 raise BundleError(f"{path}: format is {values['format']}, this version reads {FORMAT}")
             names = ("ranker", "retriever", "documents_sha256", "index_sha256")
             wanted = {name: values[name] for name in names}
             hashes = _data_hashes(root)
+            config = UtilityConfig() if values["format"] == 1 else UtilityConfig.from_dict(values["utility"])
         except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
             raise BundleError(f"{path} cannot be used ({error}): build the bundle anew") from error
         ranker, retriever = load_model(root / "ranker"), load_model(root / "retriever")
@@ -183,6 +207,10 @@ class Bundle:
             raise BundleError(
                 f"{root}: {', '.join(differing)} changed since the bundle was built; build it anew"
             )
+        try:
+            config.check(ranker.contract.actions)
+        except InputError as error:
+            raise BundleError(f"{path} cannot be used ({error}): build the bundle anew") from error
         for name, model in (("ranker", ranker), ("retriever", retriever)):
             _check_golden(root, name, model)
         documents = read_records(root / "documents.jsonl", Document)
@@ -203,33 +231,46 @@ class Bundle:
             make_scorer(ranker, documents),
             ranker.contract.actions,
             hashlib.sha256(text.encode()).hexdigest(),
+            load_calibrators(ranker.contract),
+            ranker.contract.prompts["pair"].serving_position,
+            config,
         )
+
+    def with_utility(self, config: UtilityConfig) -> "Bundle":
+        """The same bundle with another final order.
+
+        Raises:
+          InputError: it names an action that the ranker does not score.
+        """
+        config.check(self.actions)
+        return replace(self, utility=config)
 
     def rank(
         self, queries: Sequence[Query], *, depth: int, progress: Callable[[int], None] | None = None
     ) -> list[list[Result]]:
-        """Retrieve `depth` candidates per query and order them by the ranker's relevance, ties by document row.
+        """Retrieve `depth` candidates per query and order them by utility, ties by relevance log-odds, then by document row.
 
         Raises:
           InputError: a query that is empty or too long, or filters on an attribute that no document has.
         """
         candidates = self._candidates(queries, depth)
-        results = []
-        for rows, logits in zip(candidates, self.scorer(queries, candidates, progress), strict=True):
-            scores = relevance_log_odds(logits)
-            relevance, actions = expit(scores), expit(action_log_odds(logits))
-            results.append(
-                [
-                    Result(
-                        int(rows[i]),
-                        float(scores[i]),
-                        float(relevance[i]),
-                        dict(zip(self.actions, map(float, actions[i]), strict=True)),
-                    )
-                    for i in np.lexsort((rows, -scores))
-                ]
+        logits = self.scorer(queries, candidates, progress)
+        return [self._order(rows, found) for rows, found in zip(candidates, logits, strict=True)]
+
+    def _order(self, rows: np.ndarray, logits: np.ndarray) -> list[Result]:
+        """The results of one query, whose documents (rows [L]) got these logits [L, 2 + A]."""
+        log_odds = objective_log_odds(logits, self.actions)
+        found = probabilities(log_odds, self.calibrators, self.position)
+        scores = utility(self.utility, found)
+        return [
+            Result(
+                int(rows[i]),
+                float(scores[i]),
+                float(found[RELEVANCE][i]),
+                {name: float(found[name][i]) for name in self.actions},
             )
-        return results
+            for i in order(self.utility, scores, log_odds[RELEVANCE], rows)
+        ]
 
     def check(self, queries: Sequence[Query]) -> None:
         """Raise `InputError`, which names the query, unless every one of them can be ranked."""

@@ -1,10 +1,14 @@
-"""Command line of serving: `build` a bundle, rank a file of queries in `batch`, `label` training pairs for students."""
+"""Command line of serving: `label` training pairs, `calibrate` a ranker, `build` a bundle, rank a file of queries in `batch`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jaxsearch.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxsearch.scoring.utility import UtilityConfig
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir", default="", help="folder of prepared data (default: ~/tensorflow_datasets)"
     )
     build.add_argument("--output", required=True, help="folder of the new bundle")
+    _add_utility(build, "relevance=1", "0")
     batch = commands.add_parser("batch", allow_abbrev=False, help="rank a file of queries")
     batch.add_argument("--bundle", required=True)
     batch.add_argument("--queries", required=True, help="JSONL file, one Query a line")
@@ -30,6 +35,20 @@ def _parser() -> argparse.ArgumentParser:
         "--depth", type=int, default=50, help="candidates retrieved and ranked per query (default 50)"
     )
     batch.add_argument("--top", type=int, default=10, help="results written per query (default 10)")
+    _add_utility(batch, "the bundle's", "the bundle's")
+    calibrate = commands.add_parser(
+        "calibrate", allow_abbrev=False, help="make a ranker's probabilities mean what they say"
+    )
+    calibrate.add_argument("--model", required=True, help="model folder of a ranker")
+    calibrate.add_argument("--dataset", required=True, help="such as job_market:tiny")
+    calibrate.add_argument(
+        "--data-dir", default="", help="folder of prepared data (default: ~/tensorflow_datasets)"
+    )
+    calibrate.add_argument(
+        "--split", default="dev", help="what is fitted on; test splits are for measuring (default dev)"
+    )
+    calibrate.add_argument("--output", required=True, help="model folder of the calibrated ranker")
+    calibrate.add_argument("--report", default="", help="PNG file for reliability diagrams, before and after")
     label = commands.add_parser(
         "label", allow_abbrev=False, help="score training pairs into a store for students"
     )
@@ -48,19 +67,87 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_utility(parser: argparse.ArgumentParser, weights: str, floor: str) -> None:
+    parser.add_argument(
+        "--utility",
+        default="",
+        help=f"weights of the final order, such as relevance=1,click=0.2,dismiss=-0.5 (default {weights})",
+    )
+    parser.add_argument(
+        "--floor",
+        type=float,
+        help=f"probability of relevance below which a document comes last (default {floor})",
+    )
+
+
+def _utility(options: argparse.Namespace, default: "UtilityConfig") -> "UtilityConfig":
+    """The default with what the options say in its place."""
+    from jaxsearch.scoring.utility import UtilityConfig, parse_weights
+
+    return UtilityConfig(
+        parse_weights(options.utility) if options.utility else default.weights,
+        default.floor if options.floor is None else options.floor,
+    )
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+    from pathlib import Path
+
+    from jaxsearch.data.datasets import load_dataset
+    from jaxsearch.models.contract import CONTRACT_FILE, load_model, save_model
+    from jaxsearch.retrieval.common import new_folder
+    from jaxsearch.scoring.calibration import calibrate, compare, draw_reliability, observe
+
+    output = Path(options.output)
+    if output.resolve() == Path(options.model).resolve():
+        raise InputError(f"--output is {output}, which holds the model itself: give another folder")
+    empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not empty and not (output / CONTRACT_FILE).is_file():
+        raise InputError(f"--output is {output}, which is not empty and holds no model: give a new folder")
+    if options.report and not Path(options.report).resolve().parent.is_dir():
+        raise InputError(f"--report is {options.report}: there is no such folder")
+    data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
+    if options.split in data.test_splits:
+        raise InputError(
+            f"--split is {options.split}, which calibration is measured on: give another, such as dev"
+        )
+    calibrators = calibrate(model, data, options.split)
+    values = {name: calibrator.to_dict() for name, calibrator in calibrators.items()}
+    with new_folder(output.resolve()) as new:
+        digest = save_model(new, model.module, replace(model.contract, calibrators=values), model.tokenizer)
+    print(f"{output}: {digest}")
+    comparisons = {}
+    for split in data.test_splits:
+        for name, seen in observe(model, data, split).items():
+            if name in calibrators:
+                found = compare(calibrators[name], seen)
+                comparisons[f"{split}/{name}" if len(data.test_splits) > 1 else name] = found
+                print(
+                    f"{split:12} {name:12} {found.positives:6} of {found.pairs:6}  {len(calibrators[name].maps)} maps  "
+                    f"ECE {found.ece_before:.4f} -> {found.ece_after:.4f}  AUROC {found.auroc_before:.4f} -> {found.auroc_after:.4f}"
+                )
+    if not comparisons:
+        print(f"{data.name} has no test split to measure on")
+    elif options.report:
+        draw_reliability(options.report, comparisons)
+
+
 def _build(options: argparse.Namespace) -> None:
     from jaxsearch.data.datasets import load_dataset
     from jaxsearch.data.jsonl import read_records
     from jaxsearch.data.records import Document
     from jaxsearch.models.contract import load_model
+    from jaxsearch.scoring.utility import UtilityConfig
     from jaxsearch.serving.bundle import build_bundle
 
+    config = _utility(options, UtilityConfig())
     ranker, retriever = load_model(options.ranker), load_model(options.retriever)
     if options.documents:
         documents = read_records(options.documents, Document)
     else:
         documents = list(load_dataset(options.dataset, options.data_dir or None).documents)
-    build_bundle(options.output, ranker, retriever, documents)
+    build_bundle(options.output, ranker, retriever, documents, config)
     print(f"{options.output}: {len(documents)} documents")
 
 
@@ -69,6 +156,7 @@ def _batch(options: argparse.Namespace) -> None:
     from jaxsearch.serving.bundle import Bundle
 
     bundle = Bundle.open(options.bundle)
+    bundle = bundle.with_utility(_utility(options, bundle.utility))
     report = rank_file(bundle, options.queries, options.output, depth=options.depth, top=options.top)
     print(
         f"{options.output}: {report.queries} queries, {report.resumed} of them from an earlier run, "
@@ -93,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, or 2 where the input cannot be used."""
     options = _parser().parse_args(argv)
     try:
-        {"build": _build, "batch": _batch, "label": _label}[options.command](options)
+        {"build": _build, "batch": _batch, "calibrate": _calibrate, "label": _label}[options.command](options)
     except InputError as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 2

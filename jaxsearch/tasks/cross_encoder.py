@@ -16,12 +16,12 @@ from flax import nnx
 
 from jaxsearch.config import ConfigError, TaskConfig, TrainConfig, to_dict
 from jaxsearch.data.datasets import Dataset
-from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.data.prompts import PromptConfig, PromptRoom
 from jaxsearch.data.score_store import StoreMeta, read_scores
 from jaxsearch.models.contract import Contract, Golden, save_model
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.packing import pack_items
-from jaxsearch.scoring.prefill import pad_prefixes, score
+from jaxsearch.scoring.prefill import Prefix, pad_prefixes, score
 from jaxsearch.scoring.records import JUDGE_LABELS, RANKER_LABELS, RecordScorer
 from jaxsearch.tasks.base import (
     DataConfig,
@@ -66,6 +66,52 @@ class Example(NamedTuple):
     """Token ids of the text that is learned behind each item, empty where there is none; None: no text is learned."""
 
 
+class PairTokens:
+    """Token ids of training queries with their candidates under one prompt, in shapes that hold every example.
+
+    Args:
+      room: the prompt.
+      data: whose training queries and documents.
+      examples: all that will be asked for.
+    """
+
+    def __init__(self, room: PromptRoom, data: Dataset, examples: Sequence[Example]):
+        self._room, self._corpus = room, data.documents
+        self._queries = data.queries["train"]
+        self.prefixes = room.prefixes(self._queries)
+        self._documents = [part.ids for part in room.documents(data.documents)]
+        self._prefix_length = max(map(len, self.prefixes))
+        texts = {""}
+        for example in examples if room.config.features else ():
+            texts.update(self._pair_texts(example, np.arange(len(example.documents))))
+        longest = max(map(len, room.pairs(list(texts))))
+        self.item_length = max(map(len, self._documents)) + longest + len(room.suffix)
+        """T: room for the longest document, the longest pair part and the suffix."""
+
+    def _pair_texts(self, example: Example, chosen: np.ndarray) -> list[str]:
+        query = self._queries[example.query]
+        return [
+            self._room.pair_text(
+                query,
+                self._corpus[example.documents[i]],
+                None if example.positions is None else int(example.positions[i]),
+            )
+            for i in chosen
+        ]
+
+    def items(self, example: Example, chosen: np.ndarray) -> list[list[int]]:
+        """Token ids of the items (document + pair + suffix) of these places in an example's documents."""
+        pairs = self._room.pairs(self._pair_texts(example, chosen))
+        return [
+            self._documents[example.documents[i]] + pair + self._room.suffix
+            for i, pair in zip(chosen, pairs, strict=True)
+        ]
+
+    def prefix(self, queries: Sequence[int]) -> Prefix:
+        """The prefixes of these training queries, all of one length."""
+        return pad_prefixes([self.prefixes[query] for query in queries], length=self._prefix_length)
+
+
 class CrossEncoderTask(Task):
     """Base of the tasks; a subclass says what the examples and the loss are."""
 
@@ -84,25 +130,14 @@ class CrossEncoderTask(Task):
         self.examples = self.make_examples()
         if not self.examples:
             raise ConfigError(f"data {config.data.name} has no training examples for {type(self).__name__}")
-        self._queries = data.queries["train"]
-        self._prefixes = self.room.prefixes(self._queries)
-        self._documents = [part.ids for part in self.room.documents(data.documents)]
-        self._prefix_length = max(map(len, self._prefixes))
+        self.pairs = PairTokens(self.room, data, self.examples)
         self._answer_length = max((len(a) for e in self.examples for a in e.answers or ()), default=0)
-        self._row_length = self._longest_item() + self._answer_length
+        self._row_length = self.pairs.item_length + self._answer_length
         self._scorer: RecordScorer | None = None
 
     @abc.abstractmethod
     def make_examples(self) -> list[Example]:
         """The training examples."""
-
-    def _longest_item(self) -> int:
-        """T: room for the longest document, the longest pair part and the suffix."""
-        texts = {""}
-        for example in self.examples if self.config.prompt.features else ():
-            texts.update(self._pair_texts(example, np.arange(len(example.documents))))
-        pairs = self.room.pairs(list(texts))
-        return max(map(len, self._documents)) + max(map(len, pairs)) + len(self.room.suffix)
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
         """A `Scorer` that starts as the config says."""
@@ -123,7 +158,8 @@ class CrossEncoderTask(Task):
 
     def example_ids(self, indices: np.ndarray) -> list[str]:
         """Query ids."""
-        return [self._queries[self.examples[i].query].id for i in indices]
+        queries = self.data.queries["train"]
+        return [queries[self.examples[i].query].id for i in indices]
 
     def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
         """prefix, items (one per row), targets [B, L, ...] and answers of these queries; candidates are drawn anew each time."""
@@ -134,7 +170,7 @@ class CrossEncoderTask(Task):
         for i, (index, rng) in enumerate(zip(indices, rngs, strict=True)):
             example = self.examples[index]
             chosen = self.choose(example, slots, rng)
-            items.append(self._items(example, chosen))
+            items.append(self.pairs.items(example, chosen))
             if example.answers is not None:
                 for slot, number in enumerate(chosen):
                     answer = example.answers[number]
@@ -144,9 +180,7 @@ class CrossEncoderTask(Task):
                 if name not in targets:
                     targets[name] = np.full((len(indices), slots, *values.shape[1:]), np.nan, np.float32)
                 targets[name][i, : len(chosen)] = values[chosen]
-        prefix = pad_prefixes(
-            [self._prefixes[self.examples[index].query] for index in indices], length=self._prefix_length
-        )
+        prefix = self.pairs.prefix([self.examples[index].query for index in indices])
         packed = pack_items(items, row_length=self._row_length, rows=slots, slots=slots, one_per_row=True)
         text = {"answers": answers} if self._answer_length else {}
         return {"prefix": prefix, "items": packed, **targets, **text}
@@ -154,24 +188,6 @@ class CrossEncoderTask(Task):
     def choose(self, example: Example, slots: int, rng: np.random.Generator) -> np.ndarray:
         """Which of an example's documents are candidates this time, int [<= slots]."""
         return rng.permutation(len(example.documents))[:slots]
-
-    def _pair_texts(self, example: Example, chosen: np.ndarray) -> list[str]:
-        query = self._queries[example.query]
-        return [
-            self.room.pair_text(
-                query,
-                self.data.documents[example.documents[i]],
-                None if example.positions is None else int(example.positions[i]),
-            )
-            for i in chosen
-        ]
-
-    def _items(self, example: Example, chosen: np.ndarray) -> list[list[int]]:
-        pairs = self.room.pairs(self._pair_texts(example, chosen))
-        return [
-            self._documents[example.documents[i]] + pair + self.room.suffix
-            for i, pair in zip(chosen, pairs, strict=True)
-        ]
 
     def logits(self, model: Scorer, batch: Batch) -> jax.Array:
         """Label logits fp32 [B, L, C]."""

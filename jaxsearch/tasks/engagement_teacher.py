@@ -30,6 +30,14 @@ class EngagementTeacherConfig(CrossEncoderConfig):
     task_weights: tuple[float, ...] = ()
     """Weight of each action, in the order of the vertical's actions; empty: 1 each."""
 
+    mask_below: float = 0.02
+    """Actions done in less than this share of eligible training impressions are rare: a document counts as a negative only if it was shown
+    together with a positive (paper section 4). 0: every impression counts."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_below <= 1:
+            raise ConfigError(f"task.mask_below is {self.mask_below}: give a share from 0 to 1")
+
     def build(self, config: TrainConfig) -> "EngagementTeacherTask":
         """The task on its data.
 
@@ -56,14 +64,27 @@ def action_values(page: list[Impression], actions: tuple[str, ...]) -> np.ndarra
     )
 
 
+def mask_rare(pages: list[np.ndarray], below: float) -> list[np.ndarray]:
+    """Pages of actions [L, A] with NaN for the negatives of rare actions on pages without a positive (paper section 4, loss masking).
+
+    Args:
+      pages: 1 done, 0 not done, NaN not eligible.
+      below: actions done in less than this share of eligible impressions are rare.
+    """
+    shown = np.concatenate(pages)
+    eligible = np.maximum((~np.isnan(shown)).sum(axis=0), 1)
+    rare = np.nansum(shown, axis=0) / eligible < below
+    return [np.where(rare & ~(page == 1).any(axis=0), np.nan, page) for page in pages]
+
+
 class EngagementTeacherTask(CrossEncoderTask):
     """Masked multi-task binary cross entropy."""
 
     config: EngagementTeacherConfig
 
     def make_examples(self) -> list[Example]:
-        """One page of impressions per training query."""
-        examples = []
+        """One page of impressions per training query, with the negatives of rare actions masked."""
+        examples: list[Example] = []
         for p in self.data.pairs:
             page = list(self.data.impressions.get(self.data.queries["train"][p.query].id, ()))
             if page:
@@ -72,7 +93,11 @@ class EngagementTeacherTask(CrossEncoderTask):
                 examples.append(
                     Example(p.query, rows, {"actions": action_values(page, self.actions)}, positions)
                 )
-        return examples
+        masked = mask_rare([example.targets["actions"] for example in examples], self.config.mask_below)
+        return [
+            example._replace(targets={"actions": actions})
+            for example, actions in zip(examples, masked, strict=True)
+        ]
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """Sum over actions, mean over impressions."""

@@ -222,6 +222,7 @@ def run(
         batch_size=config.batch_size,
         seed=config.seed,
         process=(jax.process_index(), jax.process_count()),
+        prefetch=task.prefetch,
     )
     trainer = Trainer(config, task, mesh)
     trainer.compile(put_batch(pipeline.batch(0), mesh))
@@ -268,7 +269,7 @@ def _train(
             batch = next(batches)
             waited = time.perf_counter() - before
             trainer.step(put_batch(batch, trainer.mesh))
-            progress.advance(waited)
+            progress.advance(waited, pipeline.ahead)
             if step == start + 1:
                 _stop_if_bad(trainer, task, pipeline)
                 progress.restart()  # leaves compilation out of the rate

@@ -19,6 +19,9 @@ class Task(abc.ABC):
     accumulable: bool = True
     """False where the loss compares examples of a batch with each other (in-batch negatives)."""
 
+    prefetch: int = 2
+    """Batches prepared ahead, at most."""
+
     @abc.abstractmethod
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
         """Return the module with all parameters, trained and frozen; depends on `rngs` and files alone.

@@ -11,7 +11,7 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-TIMING = ("examples_per_s", "data_wait", "seconds")
+TIMING = ("examples_per_s", "data_wait", "batches_ahead", "seconds")
 """Keys of a row that tell how fast, not what: they differ between two runs of one experiment."""
 
 
@@ -97,24 +97,28 @@ class Progress:
         self._since = time.perf_counter()
         self._count = 0
         self._waited = 0.0
+        self._ahead = 0
 
-    def advance(self, waited: float) -> None:
+    def advance(self, waited: float, ahead: int = 0) -> None:
         """Count a step.
 
         Args:
             waited: seconds it waited for its batch.
+            ahead: batches that were ready behind it.
         """
         self._count += 1
         self._waited += waited
+        self._ahead += ahead
         self._bar.update()
 
     def timing(self) -> dict[str, float]:
-        """Return throughput since the last restart and the share of time spent waiting for data."""
+        """Return throughput since the last restart, the share of time spent waiting for data, and how many batches were ready."""
         now = time.perf_counter()
         elapsed = max(now - self._since, 1e-9)
         return {
             "examples_per_s": self._count * self._batch_size / elapsed,
             "data_wait": self._waited / elapsed,
+            "batches_ahead": self._ahead / max(self._count, 1),
             "seconds": now - self._began,
         }
 
