@@ -52,6 +52,8 @@ from jaxsearch.serving.bundle import Bundle, build_bundle, make_embedder, make_s
 from jaxsearch.tasks.base import DataConfig, open_data, precedent_count, ranking_metrics
 from jaxsearch.training.loop import run
 
+AUROC = "click_auroc"
+"""Of the vertical's first action: click in job search, long dwell in people search."""
 DEPTH = 30
 """Candidates that BM25 and the retriever contribute each."""
 WARM = 256
@@ -117,7 +119,7 @@ class Row:
     """What candidates are ordered by, one [L] per query."""
     items_per_s: float
     clicks: np.ndarray | None = None
-    """Click scores of the impressions, flat; None where the model predicts no clicks."""
+    """Scores of the first action on the impressions, flat; None where the model predicts no clicks."""
     parameters: int | None = None
 
 
@@ -158,7 +160,9 @@ class Evaluation:
         self.page_rows = [
             np.array([data.document_row[i.document_id] for i in page], np.int32) for page in self.pages
         ]
-        self.clicks = np.array([bool(i.actions.get("click")) for page in self.pages for i in page])
+        self.action = data.actions[0] if data.actions else ""
+        """What the table shows AUROC of: the click of job search, the long dwell of people search."""
+        self.clicks = np.array([bool(i.actions.get(self.action)) for page in self.pages for i in page])
 
     def _union(self) -> list[np.ndarray]:
         """BM25's and the retriever's first documents; nothing is injected."""
@@ -221,8 +225,8 @@ class Evaluation:
             lambda: scorer(self.queries[:WARM], self.candidates[:WARM]),
         )
         clicks = None
-        if "click" in model.contract.actions:
-            place = model.contract.actions.index("click")
+        if self.action in model.contract.actions:
+            place = model.contract.actions.index(self.action)
             clicks = action_log_odds(np.concatenate(scorer(self.queries, self.page_rows)))[:, place]
         order = relevance_log_odds
         if model.contract.training["name"] == "engagement_teacher":  # has learned no relevance
@@ -239,7 +243,7 @@ class Evaluation:
         )
         return {
             **{name: round(float(np.nanmean(values)), 4) for name, values in found.items()},
-            "click_auroc": None if click is None else round(click, 4),
+            AUROC: None if click is None else round(click, 4),
             "items_per_s": round(row.items_per_s, 1),
             "parameters": row.parameters,
         }
@@ -278,7 +282,7 @@ def train_traditional(
     def clicked(part: slice) -> tuple[Any, np.ndarray]:
         pages = [data.impressions.get(query.id, ()) for query in queries[part]]
         rows = [np.array([data.document_row[i.document_id] for i in page], np.int32) for page in pages]
-        values = np.array([[float(bool(i.actions.get("click"))) for i in page] for page in pages])
+        values = np.array([[float(bool(i.actions.get(evaluation.action))) for i in page] for page in pages])
         return evaluation.features(features, rows, queries[part], emb[part]), values
 
     return features, ranker, train_click_model(spec, clicked(slice(held, None)), clicked(slice(0, held)))
@@ -312,7 +316,7 @@ def examples(
                         **{
                             name: round(p, 3)
                             for name, p in result["actions"].items()
-                            if name in ("click", "apply")
+                            if name in data.actions[:2]
                         },
                     }
                 )
@@ -329,7 +333,7 @@ def kept(models: dict[str, dict[str, Any]]) -> dict[str, float]:
         "parameters": models["ranker"]["parameters"] / models["relevance_teacher"]["parameters"],
     }
     if "engagement_teacher" in models:
-        above = [models[name]["click_auroc"] - 0.5 for name in ("ranker", "engagement_teacher")]
+        above = [models[name][AUROC] - 0.5 for name in ("ranker", "engagement_teacher")]
         result["click_auroc_above_half"] = above[0] / above[1]
     return {name: round(value, 4) for name, value in result.items()}
 
@@ -341,8 +345,8 @@ def print_table(title: str, models: dict[str, dict[str, Any]], engagement: bool)
     )
     for name, row in models.items():
         click = "-" if engagement else "no clicks here"
-        if row["click_auroc"] is not None:
-            click = f"{row['click_auroc']:.4f}"
+        if row[AUROC] is not None:
+            click = f"{row[AUROC]:.4f}"
         size = f"{row['parameters']:,}" if row["parameters"] else "-"
         print(
             f"{name:20} {row['ndcg@10']:8.4f} {row['poor_match@10']:8.4f} {row['mrr']:8.4f}"
@@ -440,20 +444,21 @@ def main() -> int:
     )
     with demo.stage("data"):
         data = open_data(DataConfig(demo.dataset, demo.data_dir, max_queries=demo.max_queries))
-        if data.impressions and "click" not in data.actions:
-            raise InputError(f"{data.name} has no clicks, which the table shows: use job search")
         sizes = {split: len(queries) for split, queries in data.queries.items()}
         print(f"{data.name}: {len(data.documents)} documents, {sizes} queries")
 
     # Real occupations are longer than what is read of them: in another order their titles would be cut off.
     order = ["--task.shuffle-fields", "False"] if real else []
-    base = demo.train("base", "base.py:tiny", *order)
+    people = "_people" if demo.dataset.endswith("people") else ""  # names take longer to learn
+    base = demo.train("base", f"base.py:tiny{people}", *order)
     tokenizer = ["--task.model.tokenizer", str(workdir / "base" / "model")]
-    demo.train("base_student", "base.py:tiny_student", *tokenizer, *order)
+    demo.train("base_student", f"base.py:tiny_student{people}", *tokenizer, *order)
     # A judge of a few steps agrees with nobody; one from scratch knows of real work what it read in a few thousand titles.
     gate = ["--task.minimum-kappa", "-1"] if options.steps < 0.5 else []
     gate = gate or (["--task.minimum-kappa", str(REAL_KAPPA)] if real else [])
-    judge = demo.train("judge", "judge.py:tiny", "--task.model.init-from", str(workdir / "base/model"), *gate)
+    judge = demo.train(
+        "judge", f"judge.py:tiny{people}", "--task.model.init-from", str(workdir / "base/model"), *gate
+    )
     require_agreement(workdir / "judge/model", judge, data, gate_of(judge))
     labels = demo.label("judge_labels", judge, data, per_query=16)
     retriever = demo.train(

@@ -31,7 +31,7 @@ def _tiny(preset: str, steps: int, data: DataConfig | None = None) -> TrainConfi
 
 
 def get_config(variant: str) -> TrainConfig:
-    """Variants: tiny (teacher size), tiny_student, tiny_long, tiny_people."""
+    """Variants: tiny (teacher size), tiny_student, tiny_long, tiny_student_people, tiny_people."""
     return pick(
         variant,
         {
@@ -40,6 +40,7 @@ def get_config(variant: str) -> TrainConfig:
             # Copying companies and skills is learned late: the demo has no time for it.
             "tiny_long": lambda: _tiny("tiny", 600),
             # One search in eight is for a name, and copying names is learned late: after 240 steps not at all.
+            "tiny_student_people": lambda: _tiny("tiny_student", 400, DataConfig("job_market:tiny_people")),
             "tiny_people": lambda: _tiny("tiny", 600, DataConfig("job_market:tiny_people")),
         },
     )
