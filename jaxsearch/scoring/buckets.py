@@ -31,6 +31,8 @@ class Shape(NamedTuple):
     rows: int
     """Per query."""
     row_length: int
+    embeddings: int = 0
+    """Per query; 0: token items only."""
 
 
 def steps(low: int, high: int) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ class Buckets:
     rows: tuple[int, ...] = steps(1, 64)
     row_length: tuple[int, ...] = steps(8, 8192)
     tokens: int = 4096
-    item_length: int = 4
+    item_length: int = 2
     compile_flops: float = 3e11
 
     def __post_init__(self) -> None:
@@ -80,8 +82,13 @@ class Buckets:
             shape.prefix in self.prefix
             and shape.rows in self.rows
             and shape.row_length in self.row_length
+            and shape.embeddings == self.table(shape.embeddings)
             and shape.queries in self.queries(shape)
         )
+
+    def table(self, embeddings: int) -> int:
+        """Room for so many embeddings per query: none, or a power of two."""
+        return 1 << max(4, (embeddings - 1).bit_length()) if embeddings else 0
 
     def per_row(self, row_length: int) -> int:
         """How many items a row may hold."""
@@ -142,6 +149,7 @@ def plan(
     buckets: Buckets,
     config: DecoderConfig,
     compiled: Collection[Shape] = (),
+    embeddings: Sequence[Lengths] | None = None,
 ) -> list[Call]:
     """The calls that score these queries at the least cost, compilation included.
 
@@ -151,6 +159,7 @@ def plan(
         buckets: the closed set.
         config: of the decoder.
         compiled: shapes that cost nothing more to compile.
+        embeddings: how many of each item's tokens are embeddings; default: none.
 
     Raises:
         ValueError: a length is 0 or beyond the largest bucket; the message names query and item.
@@ -172,7 +181,17 @@ def plan(
         cost,
         compiled,
     )
-    units = [u for q in busy for u in _units(q, prefixes[q], items[q], row_length, rows, buckets)]
+    units = [
+        unit
+        for q in busy
+        for unit in _units(
+            q,
+            prefixes[q],
+            _place(items[q], row_length, buckets, None if embeddings is None else embeddings[q]),
+            rows,
+            buckets,
+        )
+    ]
     return _calls(units, buckets, cost, compiled)
 
 
@@ -222,6 +241,8 @@ class _Placement(NamedTuple):
     """int [L]."""
     longest: NDArray
     """int [rows], the length that each row needs, ascending."""
+    embeddings: NDArray
+    """int [rows], how many stand in each row."""
 
     def shapes(self, prefix: int, most: int, buckets: Buckets) -> list[Shape]:
         """What calls of at most `most` rows need, one shape per call."""
@@ -232,28 +253,34 @@ class _Placement(NamedTuple):
                 prefix,
                 _round_up(end - start, buckets.rows),
                 _round_up(int(self.longest[end - 1]), buckets.row_length),
+                buckets.table(int(self.embeddings[start:end].sum())),
             )
             for start, end in zip([0, *ends], ends, strict=False)
         ]
 
 
-def _place(lengths: Lengths, row_length: int | None, buckets: Buckets) -> _Placement:
+def _place(
+    lengths: Lengths, row_length: int | None, buckets: Buckets, embeddings: Lengths | None = None
+) -> _Placement:
     """Items packed into rows (of the next longer kind where an item needs it), or one per row."""
     sizes = np.asarray(lengths)
     if row_length is None:
         order = np.argsort(sizes, kind="stable")
-        return _Placement(order, np.arange(len(sizes)), np.zeros_like(sizes), sizes[order])
-    row_length = max(row_length, _round_up(max(lengths), buckets.row_length))
-    rows, columns = assign_rows(sizes, row_length, most=buckets.per_row(row_length))
-    order = np.argsort(rows, kind="stable")
-    return _Placement(order, rows[order], columns[order], np.full(rows.max() + 1, row_length))
+        rows, columns, longest = np.arange(len(sizes)), np.zeros_like(sizes), sizes[order]
+    else:
+        row_length = max(row_length, _round_up(max(lengths), buckets.row_length))
+        found, starts = assign_rows(sizes, row_length, most=buckets.per_row(row_length))
+        order = np.argsort(found, kind="stable")
+        rows, columns = found[order], starts[order]
+        longest = np.full(rows[-1] + 1, row_length)
+    held = np.zeros(len(longest), np.int64)
+    if embeddings is not None:
+        np.add.at(held, rows, np.asarray(embeddings)[order])
+    return _Placement(order, rows, columns, longest, held)
 
 
-def _units(
-    query: int, prefix: int, lengths: Lengths, row_length: int | None, most: int, buckets: Buckets
-) -> list[Unit]:
+def _units(query: int, prefix: int, placement: _Placement, most: int, buckets: Buckets) -> list[Unit]:
     """A query's items, placed and cut into calls of at most so many rows."""
-    placement = _place(lengths, row_length, buckets)
     units = []
     for call, shape in enumerate(placement.shapes(_round_up(prefix, buckets.prefix), most, buckets)):
         inside = placement.rows // most == call

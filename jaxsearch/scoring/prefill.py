@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Causal, PrefixPacked
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
-from jaxsearch.scoring.packing import Array, PackedItems, place_items
+from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
 
 __all__ = [
     "Buckets",
@@ -97,7 +98,7 @@ def answer_hidden(
     x = decoder.embed(jnp.asarray(prefix_tokens))
     _, state = decoder(x, positions, Causal(where, keep_kv=True))
 
-    x = decoder.embed(jnp.asarray(items.tokens))
+    x = embed_items(decoder, items)
     positions = jnp.sum(where, axis=1)[:, None, None] + items.offsets
     hidden, _ = decoder(x, positions, PrefixPacked(where, segments), state)
     batch = jnp.arange(where.shape[0])[:, None]
@@ -106,6 +107,17 @@ def answer_hidden(
         return jnp.where(exists[..., None], hidden[batch, row, column], 0)
     answers = hidden[batch[..., None], row[..., None], column[..., None] - back]
     return jnp.where(exists[..., None, None], answers, 0)
+
+
+def embed_items(decoder: Decoder, items: PackedItems) -> jax.Array:
+    """Token embeddings [B, R, T, D], and in place of some of them the items' own."""
+    x = decoder.embed(jnp.asarray(items.tokens))
+    if items.embeddings is None or items.embedded is None:
+        return x
+    table, index = jnp.asarray(items.embeddings), jnp.asarray(items.embedded)
+    batch = jnp.arange(index.shape[0])[:, None, None]
+    own = table[batch, jnp.maximum(index, 0)].astype(x.dtype)
+    return jnp.where((index >= 0)[..., None], own, x)
 
 
 def score(scorer: Scorer, prefix_tokens: Array, prefix_where: Array, items: PackedItems) -> jax.Array:
@@ -138,7 +150,8 @@ class PrefillScorer:
 
         def run(state: Any, prefix: Prefix, items: PackedItems) -> jax.Array:
             # Python runs this once per compilation, not once per call: the counter of what was compiled.
-            self._compiled.append(Shape(*prefix.tokens.shape, *items.tokens.shape[1:]))
+            table = 0 if items.embeddings is None else items.embeddings.shape[1]
+            self._compiled.append(Shape(*prefix.tokens.shape, *items.tokens.shape[1:], embeddings=table))
             return score(nnx.merge(graphdef, state), prefix.tokens, prefix.where, items)
 
         self._run = jax.jit(run)
@@ -162,7 +175,7 @@ class PrefillScorer:
             )
         self._state = state
 
-    def settle(self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Sequence[int]]]) -> None:
+    def settle(self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]) -> None:
         """Choose the shapes for lists like these, and from now on plan as if exactly these were compiled.
 
         The same lists then give the same bits, whatever was scored before them and in whichever process: what a
@@ -177,32 +190,35 @@ class PrefillScorer:
     def _plan(
         self,
         prefixes: Sequence[Sequence[int]],
-        items: Sequence[Sequence[Sequence[int]]],
+        items: Sequence[Sequence[Item]],
         compiled: Sequence[Shape],
     ) -> list[Call]:
+        embeddings = list(map(count_embeddings, items))
         return plan(
             list(map(len, prefixes)),
             [list(map(len, candidates)) for candidates in items],
             buckets=self.buckets,
             config=self.config,
             compiled=compiled,
+            embeddings=embeddings if any(map(any, embeddings)) else None,
         )
 
     def score_lists(
-        self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Sequence[int]]]
+        self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
     ) -> list[NDArray[np.float32]]:
         """Label logits of every query's items.
 
         Args:
             prefixes: prefixes[query] is a sequence of at least one token id.
-            items: items[query][item] is a sequence of at least one token id; a query may have no items.
+            items: items[query][item] is a sequence of at least one token id, or an `EmbeddedItem`; a query may
+                have no items.
 
         Returns:
             One fp32 array [L of the query, C] per query.
 
         Raises:
-            ValueError: a prefix or an item is empty or longer than the largest bucket, or a token id lies
-                outside the vocabulary; the message names the query.
+            ValueError: a prefix or an item is empty or longer than the largest bucket, a token id lies outside
+                the vocabulary, or an embedding has another width than the decoder; the message names the query.
             FloatingPointError: a score is NaN or infinite; the message names the query and the first such
                 item (a NaN spreads to the items that share its row, never to another query).
         """
@@ -210,6 +226,7 @@ class PrefillScorer:
             raise ValueError(
                 f"items has {len(items)} lists: prefixes has {len(prefixes)}, give one per query"
             )
+        self._check_widths(items)
         calls = self._plan(prefixes, items, self._compiled if self._settled is None else self._settled)
         found = [np.zeros((len(candidates), self.labels), np.float32) for candidates in items]
         running: deque[tuple[list[Unit], jax.Array]] = deque()
@@ -221,8 +238,17 @@ class PrefillScorer:
             _collect(units, logits, found)
         return found
 
+    def _check_widths(self, items: Sequence[Sequence[Item]]) -> None:
+        for query, candidates in enumerate(items):
+            for number, item in enumerate(candidates):
+                if isinstance(item, EmbeddedItem) and item.embeddings.shape[1] != self.config.width:
+                    raise InputError(
+                        f"query {query}, item {number} has embeddings of width {item.embeddings.shape[1]}: "
+                        f"give {self.config.width}, the decoder's"
+                    )
+
     def _arrays(
-        self, call: Call, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Sequence[int]]]
+        self, call: Call, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
     ) -> tuple[Prefix, PackedItems]:
         """The arrays of one call, padded to its shape."""
         shape, units = call
@@ -234,6 +260,9 @@ class PrefillScorer:
             row_length=shape.row_length,
             rows=shape.rows,
             slots=shape.rows * self.buckets.per_row(shape.row_length),
+            embeddings=shape.embeddings,
+            width=self.config.width,
+            dtype=self.config.dtype,
         )
         prefix = pad_prefixes(
             [prefixes[unit.query] for unit in units], length=shape.prefix, queries=shape.queries
