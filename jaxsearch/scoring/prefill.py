@@ -150,8 +150,9 @@ class PrefillScorer:
 
         def run(state: Any, prefix: Prefix, items: PackedItems) -> jax.Array:
             # Python runs this once per compilation, not once per call: the counter of what was compiled.
+            queries, rows, row_length = items.tokens.shape
             table = 0 if items.embeddings is None else items.embeddings.shape[1]
-            self._compiled.append(Shape(*prefix.tokens.shape, *items.tokens.shape[1:], embeddings=table))
+            self._compiled.append(Shape(queries, prefix.tokens.shape[1], rows, row_length, table))
             return score(nnx.merge(graphdef, state), prefix.tokens, prefix.where, items)
 
         self._run = jax.jit(run)
