@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxsearch.models import attention as attention_module
 from jaxsearch.models.attention import Cached, Causal, PrefixPacked
 
 HEADS, KV_HEADS, SIZE = 4, 2, 6
@@ -144,3 +145,31 @@ def test_bfloat16_keeps_its_softmax_in_float32():
     exact = attend(Causal(where), *(x.astype(np.float32) for x in half))[0]
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.03)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_blocks_of_queries_change_nothing(block, monkeypatch):
+    q, k, v = tensors(12, 2, 2, 7)
+    _, prefix_k, prefix_v = tensors(13, 2, 3)
+    random = np.random.default_rng(14)
+    where, prefix_where = random.random((2, 2, 7)) < 0.8, random.random((2, 3)) < 0.8
+    segments = np.array([[[1, 1, 1, 1, 2, 2, 0], [1] * 7], [[1, 2, 2, 3, 3, 3, 3], [0] * 7]], np.int32)
+    packed, causal = PrefixPacked(prefix_where, segments), Causal(where)
+    whole = packed(q, k, v, (prefix_k, prefix_v))[0], causal(q, k, v, None)[0]
+    monkeypatch.setattr(attention_module, "BLOCK", block)
+    blocked = packed(q, k, v, (prefix_k, prefix_v))[0], causal(q, k, v, None)[0]
+    for one, two in zip(whole, blocked, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_masked_keys_are_not_computed(monkeypatch):
+    """Scores of 1,024 tokens in blocks of 256 take (1 + 2 + 3 + 4) / 16 of the work."""
+    q, k, v = tensors(15, 1, 1024)
+
+    def flops():
+        lowered = jax.jit(lambda q, k, v: Causal(np.ones((1, 1024), bool))(q, k, v, None)[0]).lower(q, k, v)
+        return lowered.compile().cost_analysis()["flops"]
+
+    blocked = flops()
+    monkeypatch.setattr(attention_module, "BLOCK", 1024)
+    assert blocked < 0.75 * flops()  # the masks cost some, too
