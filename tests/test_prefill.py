@@ -276,6 +276,19 @@ def test_a_thousand_items_of_an_embedding_and_a_token():
     assert np.ptp(log_odds(found[0]), axis=0).min() > 0.1
 
 
+@pytest.mark.parametrize("backend", ["fused", "pallas_interpret"])
+def test_every_backend_gives_the_scores(backend):
+    rng = np.random.default_rng(5)
+    prefixes, items = random_lists(rng, 3, 6, longest=2 * T)
+    items[1] = [with_embeddings(rng, item) for item in items[1]]
+    prefill = PrefillScorer(scorer(), buckets=Buckets((P,), (8,), (2 * T,), tokens=500), backend=backend)
+    found = prefill.score_lists(prefixes, items)
+    for one, two in zip(found, expected_scores("grouped, wide heads", prefixes, items), strict=True):
+        assert_same(one, two)
+    with pytest.raises(InputError, match="backend 'gpu' is unknown"):
+        PrefillScorer(scorer(), backend="gpu")
+
+
 def test_bad_embeddings_are_named():
     with pytest.raises(InputError, match=r"int64 \(2, 3\): give floats \[S, D\]"):
         EmbeddedItem(np.zeros((2, 3), np.int64))

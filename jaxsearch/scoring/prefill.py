@@ -17,7 +17,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from jaxsearch.errors import InputError
-from jaxsearch.models.attention import Causal, PrefixPacked
+from jaxsearch.models.attention import Causal, PrefixPacked, check_backend
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
 from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
@@ -80,6 +80,8 @@ def answer_hidden(
     prefix_where: Array,
     items: PackedItems,
     back: Array | None = None,
+    *,
+    backend: str = "xla",
 ) -> jax.Array:
     """The hidden state at each item's last token, where its answer is read; differentiable.
 
@@ -89,6 +91,7 @@ def answer_hidden(
         prefix_where: bool [B, P], the tokens that exist, left-aligned.
         items: of B queries.
         back: int [B, L, J], read J places of each item instead, each so many tokens before its last one.
+        backend: of the items' attention, see `jaxsearch.models.attention.PrefixPacked`.
 
     Returns:
         [B, L, D] or [B, L, J, D] in the compute dtype, after the final norm; 0 where there is no item.
@@ -100,7 +103,7 @@ def answer_hidden(
 
     x = embed_items(decoder, items)
     positions = jnp.sum(where, axis=1)[:, None, None] + items.offsets
-    hidden, _ = decoder(x, positions, PrefixPacked(where, segments), state)
+    hidden, _ = decoder(x, positions, PrefixPacked(where, segments, backend), state)
     batch = jnp.arange(where.shape[0])[:, None]
     row, column, exists = items.last[..., 0], items.last[..., 1], jnp.asarray(items.where)
     if back is None:
@@ -120,9 +123,12 @@ def embed_items(decoder: Decoder, items: PackedItems) -> jax.Array:
     return jnp.where((index >= 0)[..., None], own, x)
 
 
-def score(scorer: Scorer, prefix_tokens: Array, prefix_where: Array, items: PackedItems) -> jax.Array:
+def score(
+    scorer: Scorer, prefix_tokens: Array, prefix_where: Array, items: PackedItems, *, backend: str = "xla"
+) -> jax.Array:
     """Label logits of every item, fp32 [B, L, C]; 0 where there is no item. Arguments as `answer_hidden`."""
-    return read_labels(scorer, answer_hidden(scorer.decoder, prefix_tokens, prefix_where, items))
+    hidden = answer_hidden(scorer.decoder, prefix_tokens, prefix_where, items, backend=backend)
+    return read_labels(scorer, hidden)
 
 
 def read_labels(scorer: Scorer, hidden: jax.Array) -> jax.Array:
@@ -137,8 +143,18 @@ class PrefillScorer:
     split; several queries share a call (`jaxsearch.scoring.buckets.plan`). Scores depend on none of it.
     """
 
-    def __init__(self, scorer: Scorer, *, buckets: Buckets | None = None):
-        """Hold the scorer's weights as they are now; `update` brings later ones."""
+    def __init__(self, scorer: Scorer, *, buckets: Buckets | None = None, backend: str = "xla"):
+        """Hold the scorer's weights as they are now; `update` brings later ones.
+
+        Args:
+            scorer: what scores.
+            buckets: the closed set of shapes.
+            backend: of the items' attention, one of `jaxsearch.models.attention.BACKENDS`.
+
+        Raises:
+            InputError: the backend is unknown.
+        """
+        check_backend(backend)
         self.buckets = Buckets() if buckets is None else buckets
         self.config: DecoderConfig = scorer.decoder.config
         graphdef, state = nnx.split(scorer)
@@ -153,7 +169,7 @@ class PrefillScorer:
             queries, rows, row_length = items.tokens.shape
             table = 0 if items.embeddings is None else items.embeddings.shape[1]
             self._compiled.append(Shape(queries, prefix.tokens.shape[1], rows, row_length, table))
-            return score(nnx.merge(graphdef, state), prefix.tokens, prefix.where, items)
+            return score(nnx.merge(graphdef, state), prefix.tokens, prefix.where, items, backend=backend)
 
         self._run = jax.jit(run)
 
