@@ -10,12 +10,13 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxsearch.errors import InputError
 from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.scoring.packing import assign_rows
 
@@ -44,6 +45,32 @@ def steps(low: int, high: int) -> tuple[int, ...]:
     powers = (1 << i for i in range(high.bit_length()))
     sizes = {size for power in powers for size in (power, power * 3 // 2)}
     return tuple(sorted(size for size in sizes if low <= size <= high))
+
+
+def _best_sizes(lengths: Lengths, most: int) -> tuple[int, ...]:
+    """At most so many sizes such that rounding each length up adds least; the longest is one of them.
+
+    >>> _best_sizes([3, 3, 4, 10, 11, 11, 11, 30], 3)
+    (4, 11, 30)
+    """
+    values, counts = np.unique(np.asarray(lengths), return_counts=True)
+    if len(values) > 256:  # quantiles are as good, and the sums below stay small
+        places = np.linspace(0, len(values) - 1, 256).round().astype(int)
+        counts = np.diff(np.cumsum(counts)[places], prepend=0)
+        values = values[places]
+    below = np.cumsum(counts)
+    # cost[j]: rounding all up to values[j] and less, with values[j] the largest size so far.
+    cost, chosen = (values * below).astype(float), [(int(value),) for value in values]
+    best = (cost[-1], chosen[-1])
+    for _ in range(most - 1):
+        step = cost[:, None] + values[None, :] * (below[None, :] - below[:, None])
+        step = np.where(np.tri(len(values), k=-1, dtype=bool).T, step, np.inf)
+        before = step.argmin(axis=0)
+        chosen = [(*chosen[i], int(value)) for i, value in zip(before, values, strict=True)]
+        cost = step.min(axis=0)
+        if cost[-1] < best[0]:
+            best = (cost[-1], chosen[-1])
+    return best[1]
 
 
 @dataclass(frozen=True)
@@ -89,6 +116,51 @@ class Buckets:
     def table(self, embeddings: int) -> int:
         """Room for so many embeddings per query: none, or a power of two."""
         return 1 << max(4, (embeddings - 1).bit_length()) if embeddings else 0
+
+    @classmethod
+    def fit(
+        cls, prefixes: Lengths, items: Sequence[Lengths], *, sizes: int = 4, tokens: int = 4096, **fields: Any
+    ) -> "Buckets":
+        """Sizes that pad lists like these least: at most so many per axis, the longest always among them.
+
+        Args:
+            prefixes: each query's number of prefix tokens.
+            items: each query's numbers of tokens per item.
+            sizes: how many prefix lengths, row lengths and numbers of items to tell apart.
+            tokens: of a call.
+            fields: other fields of `Buckets`.
+
+        Raises:
+            ValueError: there is no query with items, or a length is 0.
+        """
+        counts = [len(lengths) for lengths in items if lengths]
+        if not counts:
+            raise InputError("items has no lists to fit the buckets to: give at least one with an item")
+        rows = _best_sizes(counts, sizes)
+        lengths = _best_sizes([length for one in items for length in one], sizes)
+        # Lists that are cut into even parts, each about as large as a call may be.
+        parts = (-(-count // n) for count in rows for n in range(1, count * lengths[-1] // tokens + 2))
+        # Rows that several items share, where all are short: whole multiples of the commonest length.
+        middle = int(np.median([length for one in items for length in one]))
+        shared = (middle * n for n in (2, 4, 8, 16, 32) if middle * n <= 256)
+        return cls(
+            prefix=_best_sizes(prefixes, sizes),
+            rows=tuple(sorted({1, *rows, *parts, *steps(1, rows[-1])})),
+            row_length=tuple(sorted({*lengths, *shared})),
+            tokens=tokens,
+            item_length=min(2, lengths[0]),
+            **fields,
+        )
+
+    def only(self, shapes: Collection[Shape]) -> "Buckets":
+        """No size but those of these shapes, and no compilation that one of them can replace."""
+        return replace(
+            self,
+            prefix=tuple(sorted({shape.prefix for shape in shapes})),
+            rows=tuple(sorted({shape.rows for shape in shapes})),
+            row_length=tuple(sorted({shape.row_length for shape in shapes})),
+            compile_flops=1e18,
+        )
 
     def per_row(self, row_length: int) -> int:
         """How many items a row may hold."""

@@ -6,21 +6,27 @@ An item's score is the same alone, batched, packed in any order and with any pad
 Axes: B queries, P prefix tokens, R rows per query, T tokens per row, L items per query, D width, C labels.
 """
 
+import itertools
+import math
+import os
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from numpy.typing import NDArray
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import DTypeLike, NDArray
 
 from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Causal, PrefixPacked, check_backend
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
 from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
+from jaxsearch.training.sharding import parameter_shardings, replicated
 
 __all__ = [
     "Buckets",
@@ -32,6 +38,7 @@ __all__ = [
     "read_labels",
     "score",
     "steps",
+    "use_compilation_cache",
 ]
 
 
@@ -136,6 +143,9 @@ def read_labels(scorer: Scorer, hidden: jax.Array) -> jax.Array:
     return jnp.einsum("...D,CD->...C", hidden.astype(jnp.float32), scorer.label_matrix(), precision="highest")
 
 
+_Arrays = TypeVar("_Arrays", Prefix, PackedItems)
+
+
 class PrefillScorer:
     """Scores lists of any lengths through a closed set of compiled shapes.
 
@@ -143,40 +153,137 @@ class PrefillScorer:
     split; several queries share a call (`jaxsearch.scoring.buckets.plan`). Scores depend on none of it.
     """
 
-    def __init__(self, scorer: Scorer, *, buckets: Buckets | None = None, backend: str = "xla"):
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        buckets: Buckets | None = None,
+        backend: str = "xla",
+        mesh: Mesh | None = None,
+    ):
         """Hold the scorer's weights as they are now; `update` brings later ones.
 
         Args:
             scorer: what scores.
             buckets: the closed set of shapes.
             backend: of the items' attention, one of `jaxsearch.models.attention.BACKENDS`.
+            mesh: devices with axes `data`, `fsdp` and `tensor`: queries, or the rows of a query where `data` does
+                not divide the queries, are split over `data`, weights as in training. Needs the backend "xla".
+                Default: one device.
 
         Raises:
-            InputError: the backend is unknown.
+            InputError: the backend is unknown, or cannot be split over a mesh.
         """
         check_backend(backend)
+        if mesh is not None and backend != "xla":
+            raise InputError(f"backend {backend!r} runs on one device: use 'xla' with a mesh")
         self.buckets = Buckets() if buckets is None else buckets
         self.config: DecoderConfig = scorer.decoder.config
-        graphdef, state = nnx.split(scorer)
-        self._state = _snapshot(state)
-        labels = jax.eval_shape(lambda state: nnx.merge(graphdef, state).label_matrix(), self._state)
+        self.backend, self.usage, self._mesh = backend, Usage(), mesh
+        self._graphdef, state = nnx.split(scorer)
+        self._state = self._place(_snapshot(state))
+        labels = jax.eval_shape(lambda state: nnx.merge(self._graphdef, state).label_matrix(), self._state)
         self.labels: int = labels.shape[0]
-        self._compiled: list[Shape] = []
+        self._programs: dict[Shape, jax.stages.Compiled] = {}
         self._settled: tuple[Shape, ...] | None = None
 
-        def run(state: Any, prefix: Prefix, items: PackedItems) -> jax.Array:
-            # Python runs this once per compilation, not once per call: the counter of what was compiled.
-            queries, rows, row_length = items.tokens.shape
-            table = 0 if items.embeddings is None else items.embeddings.shape[1]
-            self._compiled.append(Shape(queries, prefix.tokens.shape[1], rows, row_length, table))
-            return score(nnx.merge(graphdef, state), prefix.tokens, prefix.where, items, backend=backend)
+    def _place(self, state: nnx.State) -> nnx.State:
+        """The weights on the mesh, or where they are."""
+        if self._mesh is None:
+            return state
+        shardings = parameter_shardings(state, self._mesh)
+        pure = jax.device_put(nnx.to_pure_dict(state), shardings)
+        nnx.replace_by_pure_dict(state, pure)
+        return state
 
-        self._run = jax.jit(run)
+    def program(self, shape: Shape) -> jax.stages.Compiled:
+        """The compiled call of a shape: weights, one int32 buffer and one of embeddings in, logits [B, L, C] out."""
+        if shape not in self._programs:
+            self._programs[shape] = self._compile(shape)
+        return self._programs[shape]
+
+    def _compile(self, shape: Shape) -> jax.stages.Compiled:
+        layout = _layout(shape, self._slots(shape))
+
+        def run(state: nnx.State, buffer: jax.Array, table: jax.Array | None) -> jax.Array:
+            prefix, items = _unflatten(buffer, layout)
+            if table is not None:
+                items = items._replace(embeddings=table)
+            prefix, items = self._split(prefix), self._split(items)
+            scorer = nnx.merge(self._graphdef, state)
+            return score(scorer, prefix.tokens, prefix.where, items, backend=self.backend)
+
+        def spec(size: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(size, dtype, sharding=self._everywhere())
+
+        buffer = spec((sum(math.prod(size) for _, size in layout),), np.int32)
+        table = (shape.queries, shape.embeddings, self.config.width)
+        embeddings = spec(table, self.config.dtype) if shape.embeddings else None
+        jitted = jax.jit(run, out_shardings=self._everywhere())
+        return jitted.lower(self._state, buffer, embeddings).compile()
+
+    def _everywhere(self) -> NamedSharding | None:
+        return None if self._mesh is None else replicated(self._mesh)
+
+    def _split(self, arrays: _Arrays) -> _Arrays:
+        """Arrays of queries, split over the mesh's data axis by query or, of one query's rows, by row."""
+        mesh = self._mesh
+        if mesh is None:
+            return arrays
+        size = mesh.shape["data"]
+
+        def split(x: jax.Array, name: str) -> jax.Array:
+            by_row = name in ("tokens", "segments", "offsets", "embedded") and x.ndim == 3
+            if x.shape[0] % size == 0:
+                spec = PartitionSpec("data")
+            else:
+                spec = PartitionSpec(None, "data") if by_row and x.shape[1] % size == 0 else PartitionSpec()
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+        named = {name: x for name, x in arrays._asdict().items() if x is not None}
+        return arrays._replace(**{name: split(jnp.asarray(x), name) for name, x in named.items()})
+
+    def _slots(self, shape: Shape) -> int:
+        return shape.rows * self.buckets.per_row(shape.row_length)
+
+    def warm_up(
+        self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
+    ) -> tuple[Shape, ...]:
+        """Compile what lists like these need, and nothing else from then on: before the first request.
+
+        The shapes are those of each list alone and of all together, and one that holds the longest prefix with the
+        most rows of the longest items. Whatever is longer is refused from then on.
+
+        Args:
+            prefixes: as in `score_lists`.
+            items: as in `score_lists`; with embeddings only if some item has them here.
+
+        Returns:
+            The shapes; `compiled_shapes` stays the same afterwards.
+        """
+        lists = list(zip(prefixes, items, strict=True))
+        calls = self._plan(prefixes, items, ())
+        for prefix, candidates in lists:
+            calls += self._plan([prefix], [candidates], [call.shape for call in calls])
+        if not calls:
+            raise InputError("there is nothing to warm up with: give at least one list with an item")
+        shapes = list(dict.fromkeys(call.shape for call in calls))
+        largest = Shape(1, *(max(sizes) for sizes in list(zip(*shapes, strict=True))[1:4]))
+        wanted = [largest] if not all(shape.embeddings for shape in shapes) else []
+        if any(shape.embeddings for shape in shapes):
+            room = self.buckets.table(largest.rows * largest.row_length)
+            wanted.append(largest._replace(embeddings=room))
+        shapes = list(dict.fromkeys([*shapes, *wanted]))
+        for shape in shapes:
+            self.program(shape)
+        self.buckets = self.buckets.only(shapes)
+        self._settled = tuple(shapes)
+        return self.compiled_shapes
 
     @property
     def compiled_shapes(self) -> tuple[Shape, ...]:
         """Every compilation so far, in order; each is in `buckets` and none occurs twice."""
-        return tuple(self._compiled)
+        return tuple(self._programs)
 
     def update(self, scorer: Scorer) -> None:
         """Take over the weights of a scorer of the same architecture, such as a later step's; no compilation.
@@ -190,7 +297,7 @@ class PrefillScorer:
             raise ValueError(
                 "scorer has other parameters than the one compiled for: build a new PrefillScorer"
             )
-        self._state = state
+        self._state = self._place(state)
 
     def settle(self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]) -> None:
         """Choose the shapes for lists like these, and from now on plan as if exactly these were compiled.
@@ -244,15 +351,19 @@ class PrefillScorer:
                 f"items has {len(items)} lists: prefixes has {len(prefixes)}, give one per query"
             )
         self._check_widths(items)
-        calls = self._plan(prefixes, items, self._compiled if self._settled is None else self._settled)
+        known = self.compiled_shapes if self._settled is None else self._settled
+        calls = self._plan(prefixes, items, known)
         found = [np.zeros((len(candidates), self.labels), np.float32) for candidates in items]
         running: deque[tuple[list[Unit], jax.Array]] = deque()
         for call in calls:
-            running.append((call.units, self._run(self._state, *self._arrays(call, prefixes, items))))
+            program = self.program(call.shape)
+            buffers = jax.device_put(self._buffers(call, prefixes, items), self._everywhere())
+            running.append((call.units, program(self._state, *buffers)))
             if len(running) > 1:  # one call runs while the next is packed
                 _collect(*running.popleft(), found)
         for units, logits in running:
             _collect(units, logits, found)
+        self.usage.add(prefixes, items, calls)
         return found
 
     def _check_widths(self, items: Sequence[Sequence[Item]]) -> None:
@@ -264,10 +375,10 @@ class PrefillScorer:
                         f"give {self.config.width}, the decoder's"
                     )
 
-    def _arrays(
+    def _buffers(
         self, call: Call, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
-    ) -> tuple[Prefix, PackedItems]:
-        """The arrays of one call, padded to its shape."""
+    ) -> tuple[NDArray, NDArray | None]:
+        """One call's numbers, padded to its shape: all integers in one buffer, which is one transfer."""
         shape, units = call
         empty = shape.queries - len(units)
         nowhere = np.zeros(0, np.int64)
@@ -276,7 +387,7 @@ class PrefillScorer:
             [(unit.rows, unit.columns) for unit in units] + [(nowhere, nowhere)] * empty,
             row_length=shape.row_length,
             rows=shape.rows,
-            slots=shape.rows * self.buckets.per_row(shape.row_length),
+            slots=self._slots(shape),
             embeddings=shape.embeddings,
             width=self.config.width,
             dtype=self.config.dtype,
@@ -291,7 +402,64 @@ class PrefillScorer:
                     f"query {units[bad[0][0]].query} has token id {tokens[tuple(bad[0])]}: "
                     f"the vocabulary ends at {self.config.vocab_size - 1}"
                 )
-        return prefix, packed
+        named = prefix._asdict() | {f"items.{name}": x for name, x in packed._asdict().items()}
+        parts = [named[name].reshape(-1) for name, _ in _layout(shape, self._slots(shape))]
+        table = None if packed.embeddings is None else np.asarray(packed.embeddings)
+        return np.concatenate(parts, dtype=np.int32), table
+
+
+@dataclass
+class Usage:
+    """What was scored, and what was computed for it."""
+
+    calls: int = 0
+    tokens: int = 0
+    """Tokens of prefixes, each once, and of items."""
+    computed: int = 0
+    """With padding, and with prefixes that were computed again because their items did not fit one call."""
+
+    def add(
+        self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]], calls: Sequence[Call]
+    ) -> None:
+        """Count one request."""
+        self.calls += len(calls)
+        for prefix, candidates in zip(prefixes, items, strict=True):
+            self.tokens += (len(prefix) + sum(map(len, candidates))) if candidates else 0
+        for shape, _ in calls:
+            self.computed += shape.queries * (shape.prefix + shape.rows * shape.row_length)
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed tokens that nobody asked for."""
+        return 1 - self.tokens / self.computed if self.computed else 0.0
+
+
+def use_compilation_cache(folder: str | os.PathLike[str]) -> None:
+    """Keep compiled programs in a folder, for this process and later ones: a restart then warms up in seconds."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _layout(shape: Shape, slots: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each array in a call's buffer, in order."""
+    prefix, rows = (shape.queries, shape.prefix), (shape.queries, shape.rows, shape.row_length)
+    layout = [("tokens", prefix), ("where", prefix), ("items.tokens", rows), ("items.segments", rows)]
+    layout += [("items.offsets", rows), ("items.last", (shape.queries, slots, 2))]
+    layout += [("items.where", (shape.queries, slots))]
+    return [*layout, ("items.embedded", rows)] if shape.embeddings else layout
+
+
+def _unflatten(
+    buffer: jax.Array, layout: Sequence[tuple[str, tuple[int, ...]]]
+) -> tuple[Prefix, PackedItems]:
+    """The arrays of a buffer."""
+    ends = list(itertools.accumulate(math.prod(size) for _, size in layout))
+    parts = zip(layout, [0, *ends], ends, strict=False)
+    arrays = {name: buffer[start:end].reshape(size) for (name, size), start, end in parts}
+    arrays |= {name: x > 0 for name, x in arrays.items() if name.endswith("where")}
+    inner = {name.removeprefix("items."): x for name, x in arrays.items() if name.startswith("items.")}
+    return Prefix(arrays["tokens"], arrays["where"]), PackedItems(**inner)
 
 
 def _snapshot(state: nnx.State) -> nnx.State:
