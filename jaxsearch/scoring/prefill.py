@@ -199,10 +199,11 @@ class PrefillScorer:
     def program(self, shape: Shape) -> jax.stages.Compiled:
         """The compiled call of a shape: weights, one int32 buffer and one of embeddings in, logits [B, L, C] out."""
         if shape not in self._programs:
-            self._programs[shape] = self._compile(shape)
+            self._programs[shape] = self.compile(shape)
         return self._programs[shape]
 
-    def _compile(self, shape: Shape) -> jax.stages.Compiled:
+    def compile(self, shape: Shape) -> jax.stages.Compiled:
+        """As `program`, but neither kept nor counted."""
         layout = _layout(shape, self._slots(shape))
 
         def run(state: nnx.State, buffer: jax.Array, table: jax.Array | None) -> jax.Array:
