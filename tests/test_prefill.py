@@ -385,6 +385,29 @@ def test_fitted_buckets_pad_less():
         Buckets.fit([1], [[]])
 
 
+def test_unrolled_layers_give_the_scores_and_take_new_weights():
+    rng = np.random.default_rng(9)
+    prefixes, items = random_lists(rng, 3, 6)
+    prefill = PrefillScorer(scorer(), buckets=SMALL, unrolled=True)
+    for one, two in zip(
+        prefill.score_lists(prefixes, items),
+        expected_scores("grouped, wide heads", prefixes, items),
+        strict=True,
+    ):
+        assert_same(one, two)
+    compiled = prefill.compiled_shapes
+    made = nnx.clone(scorer())
+    made.actions[...] = made.actions[...] + 1.0
+    made.decoder.layers.q[...] = 2 * made.decoder.layers.q[...]
+    prefill.update(made)
+    expected = PrefillScorer(made, buckets=SMALL).score_lists(prefixes, items)
+    for one, two in zip(prefill.score_lists(prefixes, items), expected, strict=True):
+        assert_same(one, two)
+    assert prefill.compiled_shapes == compiled
+    with pytest.raises(ValueError, match="other parameters"):
+        prefill.update(scorer("four heads"))
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 1, 4), (1, 1, 2), (4, 2, 1)])
 def test_scores_on_a_mesh_are_the_same(sizes):
     mesh = make_mesh(MeshConfig(*sizes))

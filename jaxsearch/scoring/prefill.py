@@ -23,7 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Causal, PrefixPacked, check_backend
-from jaxsearch.models.decoder import Decoder, DecoderConfig
+from jaxsearch.models.decoder import Decoder, DecoderConfig, unstack
 from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
 from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
 from jaxsearch.training.sharding import parameter_shardings, replicated
@@ -160,6 +160,7 @@ class PrefillScorer:
         buckets: Buckets | None = None,
         backend: str = "xla",
         mesh: Mesh | None = None,
+        unrolled: bool = False,
     ):
         """Hold the scorer's weights as they are now; `update` brings later ones.
 
@@ -170,6 +171,8 @@ class PrefillScorer:
             mesh: devices with axes `data`, `fsdp` and `tensor`: queries, or the rows of a query where `data` does
                 not divide the queries, are split over `data`, weights as in training. Needs the backend "xla".
                 Default: one device.
+            unrolled: compile each layer on its own: faster calls on a CPU, slower compilation (see
+                `jaxsearch.models.decoder.unstack`).
 
         Raises:
             InputError: the backend is unknown, or cannot be split over a mesh.
@@ -177,10 +180,13 @@ class PrefillScorer:
         check_backend(backend)
         if mesh is not None and backend != "xla":
             raise InputError(f"backend {backend!r} runs on one device: use 'xla' with a mesh")
+        if mesh is not None and unrolled:
+            raise InputError("unrolled is True with a mesh: unrolled layers run on one device")
         self.buckets = Buckets() if buckets is None else buckets
         self.config: DecoderConfig = scorer.decoder.config
-        self.backend, self.usage, self._mesh = backend, Usage(), mesh
+        self.backend, self.usage, self._mesh, self._unrolled = backend, Usage(), mesh, unrolled
         self._graphdef, state = nnx.split(scorer)
+        self._signature = _signature(state)
         self._state = self._place(_snapshot(state))
         labels = jax.eval_shape(lambda state: nnx.merge(self._graphdef, state).label_matrix(), self._state)
         self.labels: int = labels.shape[0]
@@ -190,7 +196,7 @@ class PrefillScorer:
     def _place(self, state: nnx.State) -> nnx.State:
         """The weights on the mesh, or where they are."""
         if self._mesh is None:
-            return state
+            return unstack(state) if self._unrolled else state
         shardings = parameter_shardings(state, self._mesh)
         pure = jax.device_put(nnx.to_pure_dict(state), shardings)
         nnx.replace_by_pure_dict(state, pure)
@@ -293,8 +299,7 @@ class PrefillScorer:
             ValueError: parameters differ in name, shape or dtype.
         """
         state = _snapshot(nnx.state(scorer))
-        old, new = (jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (self._state, state))
-        if old != new:
+        if _signature(state) != self._signature:
             raise ValueError(
                 "scorer has other parameters than the one compiled for: build a new PrefillScorer"
             )
@@ -466,6 +471,11 @@ def _unflatten(
 def _snapshot(state: nnx.State) -> nnx.State:
     """The same arrays in variables of their own: training the module on does not change them."""
     return jax.tree.map(lambda x: x, state)
+
+
+def _signature(state: nnx.State) -> dict[tuple, tuple]:
+    """Shape and dtype of every parameter."""
+    return {path: (value.shape, value.dtype) for path, value in nnx.to_flat_state(state)}
 
 
 def _collect(units: list[Unit], logits: jax.Array, found: list[NDArray[np.float32]]) -> None:
