@@ -9,7 +9,9 @@ Peers run as subprocesses in an environment of their own (see benchmarks/peers.p
 
 Modes: naive (prefix + item, one at a time), batched (several at a time), shared_prefix (the prefix once, an item a row),
 packed (`PrefillScorer` with buckets fitted to the workload, host work included); of peers also expanded (the prefix's
-key/value cache expanded by hand). One JSON line each: workload, impl, mode, dtype, items and scored (a sample where a call would take too long),
+key/value cache expanded by hand).
+
+One JSON line each: workload, impl, mode, dtype, items and scored (a sample where a call would take too long),
 items_per_s, tokens_per_s, mfu (FLOPs of the linear layers and of causal attention that the mode needs, without padding,
 over the best matmul rate of the run), p50_ms, p95_ms, p99_ms (null under 200 calls), calls, padding, max_abs_diff of
 log-odds to the plain fp32 path.
