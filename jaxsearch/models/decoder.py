@@ -152,9 +152,18 @@ def _letters(equation: str, x: Array) -> tuple[str, str, str]:
     return inputs.replace("T", leading), weights, outputs.replace("T", leading)
 
 
-def _project(equation: str, x: Array, w: Array) -> Array:
+def _project(equation: str, x: Array, w: Any) -> Array:
     inputs, weights, outputs = _letters(equation, x)
-    return jnp.einsum(f"{inputs},{weights}->{outputs}", x, w.astype(x.dtype))
+    if not hasattr(w, "qvalue"):
+        return jnp.einsum(f"{inputs},{weights}->{outputs}", x, w.astype(x.dtype))
+    # int8 weights with a scale per output channel (`jaxsearch.scoring.precision`): scaled once, after the sum.
+    summed = jnp.einsum(
+        f"{inputs},{weights}->{outputs}", x, w.qvalue.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    scale = w.scale.reshape(
+        [size for size, letter in zip(w.scale.shape, weights, strict=True) if letter in outputs]
+    )
+    return (summed * jnp.expand_dims(scale, tuple(range(summed.ndim - scale.ndim)))).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -266,8 +275,11 @@ def unstack(state: nnx.State) -> nnx.State:
     """
 
     def split(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        if "layers" not in path:
+            return variable
         value = variable.get_value()
-        return variable.replace(tuple(value)) if "layers" in path else variable
+        layers = jax.tree.leaves(value)[0].shape[0]
+        return variable.replace(tuple(jax.tree.map(lambda x, i=i: x[i], value) for i in range(layers)))
 
     return nnx.from_flat_state([(path, split(path, value)) for path, value in nnx.to_flat_state(state)])
 

@@ -26,6 +26,7 @@ from jaxsearch.models.attention import Causal, PrefixPacked, check_backend
 from jaxsearch.models.decoder import Decoder, DecoderConfig, unstack
 from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
 from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
+from jaxsearch.scoring.precision import int8_weights
 from jaxsearch.training.sharding import parameter_shardings, replicated
 
 __all__ = [
@@ -161,6 +162,7 @@ class PrefillScorer:
         backend: str = "xla",
         mesh: Mesh | None = None,
         unrolled: bool = False,
+        int8: bool = False,
     ):
         """Hold the scorer's weights as they are now; `update` brings later ones.
 
@@ -173,6 +175,7 @@ class PrefillScorer:
                 Default: one device.
             unrolled: compile each layer on its own: faster calls on a CPU, slower compilation (see
                 `jaxsearch.models.decoder.unstack`).
+            int8: hold the layers' matrices in eight bits (see `jaxsearch.scoring.precision`); needs the package qwix.
 
         Raises:
             InputError: the backend is unknown, or cannot be split over a mesh.
@@ -180,11 +183,13 @@ class PrefillScorer:
         check_backend(backend)
         if mesh is not None and backend != "xla":
             raise InputError(f"backend {backend!r} runs on one device: use 'xla' with a mesh")
-        if mesh is not None and unrolled:
-            raise InputError("unrolled is True with a mesh: unrolled layers run on one device")
+        for name, value in (("unrolled", unrolled), ("int8", int8)):
+            if mesh is not None and value:
+                raise InputError(f"{name} is True with a mesh: this runs on one device")
         self.buckets = Buckets() if buckets is None else buckets
         self.config: DecoderConfig = scorer.decoder.config
-        self.backend, self.usage, self._mesh, self._unrolled = backend, Usage(), mesh, unrolled
+        self.backend, self.usage, self._mesh = backend, Usage(), mesh
+        self._unrolled, self._int8 = unrolled, int8
         self._graphdef, state = nnx.split(scorer)
         self._signature = _signature(state)
         self._state = self._place(_snapshot(state))
@@ -195,6 +200,7 @@ class PrefillScorer:
 
     def _place(self, state: nnx.State) -> nnx.State:
         """The weights on the mesh, or where they are."""
+        state = int8_weights(state) if self._int8 else state
         if self._mesh is None:
             return unstack(state) if self._unrolled else state
         shardings = parameter_shardings(state, self._mesh)
