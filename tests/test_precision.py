@@ -5,8 +5,9 @@ from flax import nnx
 from small_market import STUDENT, filled
 
 from jaxsearch.errors import InputError
+from jaxsearch.models.int8 import INPUT_AXES, int8_weights
 from jaxsearch.models.scorer import Scorer
-from jaxsearch.scoring.precision import INPUT_AXES, compare_rankings, int8_weights
+from jaxsearch.scoring.precision import compare_rankings
 from jaxsearch.scoring.prefill import PrefillScorer
 
 

@@ -156,7 +156,7 @@ def _project(equation: str, x: Array, w: Any) -> Array:
     inputs, weights, outputs = _letters(equation, x)
     if not hasattr(w, "qvalue"):
         return jnp.einsum(f"{inputs},{weights}->{outputs}", x, w.astype(x.dtype))
-    # int8 weights with a scale per output channel (`jaxsearch.scoring.precision`): scaled once, after the sum.
+    # int8 weights with a scale per output channel (`jaxsearch.models.int8`): scaled once, after the sum.
     summed = jnp.einsum(
         f"{inputs},{weights}->{outputs}", x, w.qvalue.astype(x.dtype), preferred_element_type=jnp.float32
     )

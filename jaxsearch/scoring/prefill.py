@@ -24,9 +24,9 @@ from numpy.typing import DTypeLike, NDArray
 from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Causal, PrefixPacked, check_backend
 from jaxsearch.models.decoder import Decoder, DecoderConfig, unstack
+from jaxsearch.models.int8 import int8_weights
 from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
 from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
-from jaxsearch.scoring.precision import int8_weights
 from jaxsearch.training.sharding import parameter_shardings, replicated
 
 __all__ = [
@@ -175,7 +175,7 @@ class PrefillScorer:
                 Default: one device.
             unrolled: compile each layer on its own: faster calls on a CPU, slower compilation (see
                 `jaxsearch.models.decoder.unstack`).
-            int8: hold the layers' matrices in eight bits (see `jaxsearch.scoring.precision`); needs the package qwix.
+            int8: hold the layers' matrices in eight bits (see `jaxsearch.models.int8`); needs the package qwix.
 
         Raises:
             InputError: the backend is unknown, or cannot be split over a mesh.
