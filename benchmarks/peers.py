@@ -20,7 +20,7 @@ from typing import Any
 Request = dict[str, Any]
 Score = Callable[[], list[float]]
 TOKENS = 8192
-"""About how many tokens a batch holds; 4,096 to 16,384 were equally fast."""
+"""About how many tokens a batch holds. Not tuned yet: each peer deserves its best."""
 
 
 def _batches(request: Request, length: int) -> list[list[list[int]]]:

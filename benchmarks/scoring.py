@@ -47,7 +47,7 @@ from jaxsearch.scoring.packing import EmbeddedItem
 from jaxsearch.scoring.prefill import PrefillScorer, read_labels
 
 LABELS = (19_161, 3_725)
-"""Token ids whose log-odds are the score (Yes and No of SmolLM2; any two would do for speed)."""
+"""Token ids whose log-odds are the score (any two do: speed and parity do not depend on which)."""
 MODES = ("naive", "batched", "shared_prefix", "packed")
 PEERS: dict[str, list[tuple[str, str]]] = {
     "transformers": [(mode, dtype) for mode in ("batched", "expanded") for dtype in ("float32", "bfloat16")],

@@ -35,7 +35,7 @@ from jaxsearch.scoring.prefill import score
 
 
 class Chip(NamedTuple):
-    """Peak rates of one chip, from Google's pages on Cloud TPU (system architecture, per version)."""
+    """Peak rates of one chip, as commonly quoted; not checked against the vendor's pages yet."""
 
     topology: str
     flops: float
