@@ -3,23 +3,36 @@
 import os
 import platform
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def matmul_gflops(size: int = 1024, repeats: int = 8) -> float:
-    """GFLOP/s of an fp32 matmul [size, size] @ [size, size], the best of several runs: other work can only slow it down."""
-    a = jax.random.normal(jax.random.key(0), (size, size))
+def matmul_gflops(
+    size: int = 1024, repeats: int = 8, *, inner: int | None = None, columns: int | None = None
+) -> float:
+    """GFLOP/s of an fp32 matmul [size, inner] @ [inner, columns], square by default.
+
+    The best of several runs: other work can only slow it down.
+    """
+    inner, columns = inner or size, columns or size
+    a = jax.random.normal(jax.random.key(0), (size, inner))
+    b = jax.random.normal(jax.random.key(1), (inner, columns))
     multiply = jax.jit(lambda x, y: jnp.matmul(x, y, precision="highest"))
-    jax.block_until_ready(multiply(a, a))
+    jax.block_until_ready(multiply(a, b))
     best = float("inf")
     for _ in range(repeats):
         started = time.perf_counter()
-        jax.block_until_ready(multiply(a, a))
+        jax.block_until_ready(multiply(a, b))
         best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e9
+    return 2 * size * inner * columns / best / 1e9
+
+
+def best_matmul_gflops(shapes: Iterable[tuple[int, int, int]]) -> float:
+    """The best rate of any of these shapes (rows, inner, columns)."""
+    return max(matmul_gflops(rows, 4, inner=inner, columns=columns) for rows, inner, columns in shapes)
 
 
 def describe() -> dict[str, Any]:

@@ -6,6 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxsearch.errors import InputError
+from jaxsearch.models import attention as attention_module
+from jaxsearch.models import tpu_attention
 from jaxsearch.models.attention import Cached, Causal, PrefixPacked
 
 HEADS, KV_HEADS, SIZE = 4, 2, 6
@@ -144,3 +147,97 @@ def test_bfloat16_keeps_its_softmax_in_float32():
     exact = attend(Causal(where), *(x.astype(np.float32) for x in half))[0]
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.03)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_blocks_of_queries_change_nothing(block, monkeypatch):
+    q, k, v = tensors(12, 2, 2, 7)
+    _, prefix_k, prefix_v = tensors(13, 2, 3)
+    random = np.random.default_rng(14)
+    where, prefix_where = random.random((2, 2, 7)) < 0.8, random.random((2, 3)) < 0.8
+    segments = np.array([[[1, 1, 1, 1, 2, 2, 0], [1] * 7], [[1, 2, 2, 3, 3, 3, 3], [0] * 7]], np.int32)
+    packed, causal = PrefixPacked(prefix_where, segments), Causal(where)
+    whole = packed(q, k, v, (prefix_k, prefix_v))[0], causal(q, k, v, None)[0]
+    monkeypatch.setattr(attention_module, "BLOCK", block)
+    blocked = packed(q, k, v, (prefix_k, prefix_v))[0], causal(q, k, v, None)[0]
+    for one, two in zip(whole, blocked, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_masked_keys_are_not_computed(monkeypatch):
+    """Scores of 1,024 tokens in blocks of 256 take (1 + 2 + 3 + 4) / 16 of the work."""
+    q, k, v = tensors(15, 1, 1024)
+
+    def flops():
+        lowered = jax.jit(lambda q, k, v: Causal(np.ones((1, 1024), bool))(q, k, v, None)[0]).lower(q, k, v)
+        return lowered.compile().cost_analysis()["flops"]
+
+    blocked = flops()
+    monkeypatch.setattr(attention_module, "BLOCK", 1024)
+    assert blocked < 0.75 * flops()  # the masks cost some, too
+
+
+def packed_case(seed, b, r, t, p, heads, kv_heads, size, dtype=np.float32):
+    """Random tensors, and rows of items with padding between and behind."""
+    random = np.random.default_rng(seed)
+    tensor = lambda *shape: 2 * random.standard_normal(shape, np.float32)  # noqa: E731
+    arrays = [tensor(b, r, t, n, size) for n in (heads, kv_heads, kv_heads)]
+    arrays += [tensor(b, p, kv_heads, size) for _ in range(2)]
+    segments = np.zeros((b, r, t), np.int32)
+    for row in segments.reshape(-1, t):
+        column = item = 0
+        while column < t and random.random() < 0.95:
+            length = int(random.integers(1, t + 1))
+            item += 1
+            row[column : column + length] = item
+            column += length + int(random.integers(0, 2))
+    where = np.arange(p)[None] < random.integers(1, p + 1, (b, 1))
+    where[0] = random.random(p) < 0.5
+    return [x.astype(dtype) for x in arrays], where, segments
+
+
+@pytest.mark.parametrize("backend", ["fused", "pallas_interpret"])
+@pytest.mark.parametrize(
+    ("shape", "heads", "block"),
+    [
+        ((2, 2, 37, 21), (4, 2, 64), 16),
+        ((1, 3, 5, 1), (3, 1, 128), 16),
+        ((1, 1, 70, 40), (9, 3, 64), 32),
+        ((3, 1, 2, 50), (2, 2, 128), 256),
+    ],
+)
+def test_backends_equal_the_reference(backend, shape, heads, block, monkeypatch):
+    monkeypatch.setitem(tpu_attention.attend_packed.__kwdefaults__, "block", block)
+    for seed in range(2):
+        (q, k, v, *state), where, segments = packed_case(seed, *shape, *heads)
+        expected = attend(PrefixPacked(where, segments), q, k, v, tuple(state))[0]
+        found = PrefixPacked(where, segments, backend)(q, k, v, tuple(state))[0]
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+        np.testing.assert_array_equal(np.asarray(found)[segments == 0], 0)
+
+
+def test_the_kernel_skips_blocks_that_nobody_sees():
+    segments = np.zeros((1, 2, 64), np.int32)
+    segments[0, 0, :20], segments[0, 0, 20:40] = 1, 2
+    first, last = tpu_attention._own_blocks(jnp.asarray(segments), 16)
+    # Row 0: queries 0-15 see block 0; 16-31 also item 1; 32-47 item 2 alone, from block 1 on; the rest is padding.
+    np.testing.assert_array_equal(first[0, 0, :3], [0, 0, 1])
+    np.testing.assert_array_equal(last[0, 0, :3], [0, 1, 2])
+    assert last[0, 0, 3] < first[0, 0, 3]
+    assert (last[0, 1] < first[0, 1]).all()
+    where = np.array([[1] * 17 + [0] * 31, [0] * 48], np.int32)
+    np.testing.assert_array_equal(tpu_attention._blocks_in_use(jnp.asarray(where), 16), [2, 0])
+
+
+def test_the_kernel_in_bfloat16_is_as_close_as_the_reference():
+    (q, k, v, *state), where, segments = packed_case(5, 1, 2, 40, 24, 4, 2, 64, ml_dtypes.bfloat16)
+    exact = [x.astype(np.float32) for x in (q, k, v, *state)]
+    expected = PrefixPacked(where, segments)(*exact[:3], tuple(exact[3:]))[0]
+    found = PrefixPacked(where, segments, "pallas_interpret")(q, k, v, tuple(state))[0]
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.06)
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(InputError, match="backend 'cuda' is unknown: use one of xla, fused, pallas"):
+        PrefixPacked(np.ones((1, 1), bool), np.ones((1, 1, 1), np.int32), "cuda")

@@ -1,6 +1,7 @@
 import doctest
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,22 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxsearch.config import MeshConfig
+from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.scoring import buckets as buckets_module
 from jaxsearch.scoring.buckets import Buckets, Shape, plan, steps
-from jaxsearch.scoring.packing import PackedItems, pack_items
+from jaxsearch.scoring.packing import EmbeddedItem, PackedItems, pack_items
 from jaxsearch.scoring.prefill import PrefillScorer, answer_hidden, pad_prefixes, score
+from jaxsearch.training.sharding import make_mesh
 
 VOCABULARY = 29
 CONFIGS = {  # layers, width, heads, kv_heads, head_dim, qk_norm, tied
     "every head its own": (2, 12, 2, 2, 6, False, True),
     "grouped, wide heads": (2, 8, 6, 2, 10, True, False),
     "one kv head, odd count": (1, 10, 3, 1, 2, True, True),
+    "four heads": (2, 8, 4, 4, 4, True, True),
 }
 P, T, R, L, N = 6, 8, 7, 7, 14  # prefix, row, rows and slots per query; sequences of the plain path
 
@@ -56,11 +61,11 @@ def scorer(name="grouped, wide heads"):
     )
 
 
-def plain_hidden(decoder, tokens, where):
-    """Last hidden state [N, D] of whole sequences [N, S], each alone through the plain causal pass."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    hidden, _ = decoder(decoder.embed(tokens), positions, Causal(where))
-    return hidden[jnp.arange(len(tokens)), jnp.maximum(jnp.sum(where, axis=1) - 1, 0)]
+def plain_hidden(decoder, x, where):
+    """Last hidden state [N, D] of whole sequences [N, S, D], each alone through the plain causal pass."""
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], where.shape)
+    hidden, _ = decoder(x, positions, Causal(where))
+    return hidden[jnp.arange(len(x)), jnp.maximum(jnp.sum(where, axis=1) - 1, 0)]
 
 
 @functools.cache
@@ -69,9 +74,10 @@ def compiled(name):
     graphdef, state = nnx.split(scorer(name))
 
     @jax.jit
-    def plain(tokens, where):
+    def plain(tokens, where, own, embeddings):
         made = nnx.merge(graphdef, state)
-        return plain_hidden(made.decoder, tokens, where) @ made.label_matrix().T
+        x = jnp.where(own[..., None], embeddings, made.decoder.embed(tokens))
+        return plain_hidden(made.decoder, x, where) @ made.label_matrix().T
 
     @jax.jit
     def packed(prefix, items):
@@ -83,12 +89,21 @@ def compiled(name):
 def expected_scores(name, prefixes, items):
     """Every item's label logits through the plain path, one [L, C] per query."""
     plain, _ = compiled(name)
-    sequences = [prefix + item for prefix, query in zip(prefixes, items, strict=True) for item in query]
+    pairs = [(prefix, item) for prefix, query in zip(prefixes, items, strict=True) for item in query]
+    width = CONFIGS[name][1]
     rows = []
-    for start in range(0, len(sequences), N):
-        chunk = sequences[start : start + N]
-        whole = pad_prefixes(chunk, length=P + 2 * T, queries=N)
-        rows += list(np.asarray(plain(whole.tokens, whole.where))[: len(chunk)])
+    for start in range(0, len(pairs), N):
+        chunk = pairs[start : start + N]
+        own, embeddings = np.zeros((N, P + 2 * T), bool), np.zeros((N, P + 2 * T, width), np.float32)
+        texts = []
+        for row, (prefix, item) in enumerate(chunk):
+            if isinstance(item, EmbeddedItem):
+                inside = slice(len(prefix), len(prefix) + len(item.embeddings))
+                own[row, inside], embeddings[row, inside] = True, item.embeddings
+                item = [0] * len(item.embeddings) + list(item.tokens)
+            texts.append(prefix + item)
+        whole = pad_prefixes(texts, length=P + 2 * T, queries=N)
+        rows += list(np.asarray(plain(whole.tokens, whole.where, own, embeddings))[: len(chunk)])
     ends = np.cumsum([0, *map(len, items)])
     return [np.array(rows[a:b]).reshape(-1, 4) for a, b in itertools.pairwise(ends)]
 
@@ -107,7 +122,7 @@ LISTS = st.lists(st.lists(TOKEN, min_size=1, max_size=T), max_size=L)
 PREFIX = st.lists(TOKEN, min_size=1, max_size=P)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", list(CONFIGS)[:3])
 @settings(max_examples=25, deadline=None)
 @given(
     prefixes=st.tuples(PREFIX, PREFIX),
@@ -149,7 +164,8 @@ def test_gradient_equals_the_plain_path_with_a_padding_query_beside():
     @jax.jit
     @jax.grad
     def plain(state):
-        return jnp.sum(plain_hidden(nnx.merge(graphdef, state), whole.tokens, whole.where) * weights)
+        decoder = nnx.merge(graphdef, state)
+        return jnp.sum(plain_hidden(decoder, decoder.embed(whole.tokens), whole.where) * weights)
 
     @jax.jit
     @jax.grad
@@ -163,6 +179,57 @@ def test_gradient_equals_the_plain_path_with_a_padding_query_beside():
         size = np.abs(a).max()
         assert size > 0 or "unembedding" in path
         np.testing.assert_allclose(b, a, atol=1e-5 * max(1.0, size), err_msg=str(path))
+
+
+def with_embeddings(rng, item, name="grouped, wide heads"):
+    """The item with embeddings in place of its first tokens."""
+    count = int(rng.integers(0, len(item) + 1))
+    return EmbeddedItem(rng.standard_normal((count, CONFIGS[name][1])).astype(np.float32), item[count:])
+
+
+@pytest.mark.parametrize("name", list(CONFIGS)[:3])
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.booleans(), st.sampled_from([0.0, 0.5, 1.0]))
+def test_embedding_items_equal_embeddings_in_the_plain_pass(name, seed, one_per_row, share):
+    rng = np.random.default_rng(seed)
+    prefixes, items = random_lists(rng, 2, L)
+    items = [
+        [with_embeddings(rng, item, name) if rng.random() < share else item for item in q] for q in items
+    ]
+    packed = pack_items(items, row_length=T, rows=R, slots=L, one_per_row=one_per_row)
+    if (
+        packed.embeddings is not None
+    ):  # one shape for all examples, and what is no item's embedding is never read
+        more = L * T - packed.embeddings.shape[1]
+        table = np.pad(packed.embeddings, ((0, 0), (0, more), (0, 0)))
+        used = [sum(len(i.embeddings) for i in q if isinstance(i, EmbeddedItem)) for q in items]
+        for query, count in enumerate(used):
+            table[query, count:] = np.nan
+        packed = packed._replace(embeddings=table)
+        assert (packed.embedded >= 0).sum() == sum(used)
+    found = np.asarray(compiled(name)[1](pad_prefixes(prefixes, length=P), packed))
+    for query, expected in enumerate(expected_scores(name, prefixes, items)):
+        assert_same(found[query, : len(expected)], expected)
+
+
+def test_gradients_reach_the_embeddings_of_items():
+    graphdef, state = nnx.split(scorer().decoder)
+    rng = np.random.default_rng(0)
+    items = [[EmbeddedItem(rng.standard_normal((2, 8)).astype(np.float32), [5]), [6, 7]]]
+    prefix, packed = pad_prefixes([[1, 2]]), pack_items(items, row_length=3)
+
+    @jax.jit
+    @jax.grad
+    def gradient(table):
+        hidden = answer_hidden(
+            nnx.merge(graphdef, state), prefix.tokens, prefix.where, packed._replace(embeddings=table)
+        )
+        return jnp.sum(hidden**3)
+
+    found = np.asarray(gradient(packed.embeddings))
+    assert found.shape == (1, 2, 8)
+    assert np.isfinite(found).all()
+    assert np.abs(found).max(axis=-1).min() > 1e-4
 
 
 SMALL = Buckets(prefix=(P,), rows=(1, 3), row_length=(T, 2 * T), tokens=64, item_length=2)
@@ -191,6 +258,55 @@ def test_score_lists_equals_scores_alone(queries, most, seed):
     assert [f.shape for f in found] == [(len(query), 4) for query in items]
     for one, two in zip(found, expected, strict=True):
         assert_same(one, two)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 12), st.integers(0, 10_000))
+def test_score_lists_mixes_token_and_embedding_items(queries, most, seed):
+    rng = np.random.default_rng(seed)
+    prefixes, items = random_lists(rng, queries, most)
+    items = [[with_embeddings(rng, item) if rng.random() < 0.5 else item for item in q] for q in items]
+    found = shared_prefill().score_lists(prefixes, items)
+    for one, two in zip(found, expected_scores("grouped, wide heads", prefixes, items), strict=True):
+        assert_same(one, two)
+    assert all(shape in SMALL for shape in shared_prefill().compiled_shapes)
+
+
+def test_a_thousand_items_of_an_embedding_and_a_token():
+    rng = np.random.default_rng(4)
+    items = [EmbeddedItem(rng.standard_normal((1, 8)).astype(np.float32), [3]) for _ in range(1000)]
+    found = shared_prefill().score_lists([[1, 2, 3]], [items])
+    assert_same(found[0], expected_scores("grouped, wide heads", [[1, 2, 3]], [items])[0])
+    assert np.ptp(log_odds(found[0]), axis=0).min() > 0.1
+
+
+@pytest.mark.parametrize("backend", ["fused", "pallas_interpret"])
+def test_every_backend_gives_the_scores(backend):
+    rng = np.random.default_rng(5)
+    prefixes, items = random_lists(rng, 3, 6, longest=2 * T)
+    items[1] = [with_embeddings(rng, item) for item in items[1]]
+    prefill = PrefillScorer(scorer(), buckets=Buckets((P,), (8,), (2 * T,), tokens=500), backend=backend)
+    found = prefill.score_lists(prefixes, items)
+    for one, two in zip(found, expected_scores("grouped, wide heads", prefixes, items), strict=True):
+        assert_same(one, two)
+    with pytest.raises(InputError, match="backend 'gpu' is unknown"):
+        PrefillScorer(scorer(), backend="gpu")
+
+
+def test_bad_embeddings_are_named():
+    with pytest.raises(InputError, match=r"int64 \(2, 3\): give floats \[S, D\]"):
+        EmbeddedItem(np.zeros((2, 3), np.int64))
+    with pytest.raises(InputError, match=r"float64 \(3,\): give floats"):
+        EmbeddedItem(np.zeros(3))
+    good, wrong, none = (
+        EmbeddedItem(np.zeros((s, d)), t) for s, d, t in ((1, 8, [1]), (1, 7, []), (0, 8, []))
+    )
+    with pytest.raises(InputError, match="query 1, item 1 has embeddings of width 7: give 8"):
+        shared_prefill().score_lists([[1], [2]], [[[1]], [good, wrong]])
+    with pytest.raises(InputError, match="query 0, item 1 has embeddings of width 7: give 8"):
+        pack_items([[good, wrong]], row_length=4)
+    with pytest.raises(ValueError, match="query 0, item 0 has 0 tokens"):
+        shared_prefill().score_lists([[1]], [[none]])
 
 
 def test_one_item_many_items_and_long_items_in_one_call():
@@ -222,6 +338,91 @@ def test_no_recompilation_within_the_closed_set():
     prefill.score_lists(*random_lists(rng, 2, 2))
     assert len(prefill.compiled_shapes) == 1
     assert compilations == []
+
+
+def test_after_warming_up_nothing_is_compiled():
+    rng = np.random.default_rng(6)
+    prefill = PrefillScorer(scorer(), buckets=Buckets(tokens=64))
+    prefixes, items = random_lists(rng, 4, 9)
+    items[0] = [[1] * T] * 9
+    items[1] = [with_embeddings(rng, [1] * T) for _ in range(3)]
+    prefixes[2] = [1] * P
+    shapes = prefill.warm_up(prefixes, items)
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
+    )
+    for queries, most in ((1, 1), (7, 5), (3, 40), (2, 0)):
+        prefixes, items = random_lists(rng, queries, most)
+        items = [[with_embeddings(rng, i) if rng.random() < 0.3 else i for i in q] for q in items]
+        found = prefill.score_lists(prefixes, items)
+        for one, two in zip(found, expected_scores("grouped, wide heads", prefixes, items), strict=True):
+            assert_same(one, two)
+    assert prefill.compiled_shapes == shapes
+    assert (
+        not [event for event in compilations if event] or prefill.usage.calls
+    )  # other functions of the test compile
+    with pytest.raises(ValueError, match="has 99 tokens: give 1 to"):
+        prefill.score_lists([[1]], [[[1] * 99]])
+    with pytest.raises(InputError, match="nothing to warm up with"):
+        prefill.warm_up([[1]], [[]])
+
+
+def test_fitted_buckets_pad_less():
+    rng = np.random.default_rng(7)
+    prefixes = [[1] * 6] * 3
+    items = [[rng.integers(0, VOCABULARY, 5).tolist() for _ in range(50)] for _ in range(3)]
+    lengths = list(map(len, prefixes)), [list(map(len, query)) for query in items]
+    padding = []
+    for buckets in (Buckets(compile_flops=0), Buckets.fit(*lengths, compile_flops=0)):
+        prefill = PrefillScorer(scorer(), buckets=buckets)
+        prefill.score_lists(prefixes, items)
+        assert prefill.usage.tokens == 3 * (6 + 250)
+        padding.append(prefill.usage.padding)
+    assert padding[1] == 0
+    assert 0 < padding[0] < 0.5
+    with pytest.raises(InputError, match="no lists to fit"):
+        Buckets.fit([1], [[]])
+
+
+def test_unrolled_layers_give_the_scores_and_take_new_weights():
+    rng = np.random.default_rng(9)
+    prefixes, items = random_lists(rng, 3, 6)
+    prefill = PrefillScorer(scorer(), buckets=SMALL, unrolled=True)
+    for one, two in zip(
+        prefill.score_lists(prefixes, items),
+        expected_scores("grouped, wide heads", prefixes, items),
+        strict=True,
+    ):
+        assert_same(one, two)
+    compiled = prefill.compiled_shapes
+    made = nnx.clone(scorer())
+    made.actions[...] = made.actions[...] + 1.0
+    made.decoder.layers.q[...] = 2 * made.decoder.layers.q[...]
+    prefill.update(made)
+    expected = PrefillScorer(made, buckets=SMALL).score_lists(prefixes, items)
+    for one, two in zip(prefill.score_lists(prefixes, items), expected, strict=True):
+        assert_same(one, two)
+    assert prefill.compiled_shapes == compiled
+    with pytest.raises(ValueError, match="other parameters"):
+        prefill.update(scorer("four heads"))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 1, 4), (1, 1, 2), (4, 2, 1)])
+def test_scores_on_a_mesh_are_the_same(sizes):
+    mesh = make_mesh(MeshConfig(*sizes))
+    rng = np.random.default_rng(8)
+    prefixes, items = random_lists(rng, 3, 12)
+    items[0] = [with_embeddings(rng, item) for item in items[0]]
+    buckets = Buckets(prefix=(P,), rows=(8,), row_length=(T,), tokens=500, item_length=1)
+    one = PrefillScorer(scorer("four heads"), buckets=buckets).score_lists(prefixes, items)
+    prefill = PrefillScorer(scorer("four heads"), buckets=buckets, mesh=mesh)
+    assert len(prefill._state["decoder"]["layers"]["q"].get_value().devices()) == math.prod(sizes)
+    for alone, split in zip(one, prefill.score_lists(prefixes, items), strict=True):
+        np.testing.assert_allclose(split, alone, atol=2e-5)
+    prefill.update(scorer("four heads"))
+    with pytest.raises(InputError, match="runs on one device"):
+        PrefillScorer(scorer(), backend="pallas", mesh=mesh)
 
 
 def test_every_compiled_shape_is_in_the_buckets_and_compiled_once():

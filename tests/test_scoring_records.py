@@ -1,7 +1,7 @@
 """From records to scores: prompts and tokens in the right order, embeddings in the right rows, weights as they were."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,12 @@ from small_market import STUDENT, dataset, fast_compilation, filled, small_token
 
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig
-from jaxsearch.data.records import Document
+from jaxsearch.data.records import Document, Query
 from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.errors import InputError
 from jaxsearch.models.scorer import BiEncoder, Scorer
+from jaxsearch.scoring import records as records_module
+from jaxsearch.scoring.batcher import Batcher
 from jaxsearch.scoring.prefill import PrefillScorer
 from jaxsearch.scoring.records import (
     JUDGE_LABELS,
@@ -199,3 +202,48 @@ def test_settled_scorers_give_the_same_bits_whatever_came_before(
         found.append([records(*lists) for lists in history][-1])
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_tokens_of_a_query_are_kept_and_bounded(
+    data: Dataset, tokenizer: Tokenizer, scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = RecordScorer(scorer, tokenizer, PAIR, data.documents)
+    asked: list[int] = []
+    real = records.room.prefixes
+    monkeypatch.setattr(
+        records.room, "prefixes", lambda queries: (asked.append(len(queries)), real(queries))[1]
+    )
+    monkeypatch.setattr(records_module, "PREFIXES", 3)
+    queries = list(data.queries["train"][:4])
+    other = dataclasses.replace(queries[0], id="another id, the same words")
+    assert records.prefixes([queries[0], queries[1], other]) == real([queries[0], queries[1], other])
+    assert records.prefixes([queries[1], queries[0]]) == real([queries[1], queries[0]])
+    assert asked == [2]
+    near = dataclasses.replace(queries[0], filters={"remote": "yes"})
+    records.prefixes([near])
+    assert records.prefixes(queries) == real(queries)
+    assert asked == [2, 1, 2]
+    assert len(records._prefixes) == 3
+
+
+def test_concurrent_requests_share_calls(data: Dataset, tokenizer: Tokenizer, scorer: Scorer) -> None:
+    records = RecordScorer(scorer, tokenizer, PAIR, data.documents)
+    queries = list(data.queries["train"][:6])
+    rows = [np.arange(i + 1) for i in range(6)]
+    expected = records(queries, rows)
+
+    def prepare(requests: Sequence[tuple[Query, np.ndarray]]) -> list[tuple]:
+        return list(zip(*records.tokens(*zip(*requests, strict=True)), strict=True))
+
+    def score(tokens: Sequence[tuple]) -> list[np.ndarray]:
+        return records.prefill.score_lists(*zip(*tokens, strict=True))
+
+    calls = records.prefill.usage.calls
+    with Batcher(prepare, score, wait_ms=5_000, most=7) as batcher:
+        futures = [batcher.submit(request) for request in zip(queries, rows, strict=True)]
+        empty = batcher.submit((dataclasses.replace(queries[0], text=" "), rows[0]))
+        for future, wanted in zip(futures, expected, strict=True):
+            np.testing.assert_allclose(future.result(60), wanted, atol=1e-5)
+        with pytest.raises(InputError, match="is empty"):
+            empty.result(60)
+    assert records.prefill.usage.calls > calls

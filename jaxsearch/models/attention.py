@@ -15,8 +15,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxsearch.errors import InputError
+from jaxsearch.models.tpu_attention import attend_packed
+
+# So many queries at a time meet the keys up to the last of them: what is masked beyond is never computed. Smaller
+# blocks gained nothing on a CPU.
+BLOCK = 256
+
+BACKENDS = ("xla", "fused", "pallas", "pallas_interpret")
+
 # Far below any score, yet finite: a row of masked scores alone then has no NaN in it, nor in its gradient.
 MASKED = -1e30
+
+
+def check_backend(name: str) -> None:
+    """Raise InputError unless the name is one of `BACKENDS`."""
+    if name not in BACKENDS:
+        raise InputError(f"attention backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
 
 
 class Attention(Protocol):
@@ -79,6 +94,11 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return jnp.moveaxis(mixed, -4, -3).reshape(q.shape).astype(q.dtype)
 
 
+def _blocks(length: int) -> list[slice]:
+    """The queries in blocks of at most `BLOCK`."""
+    return [slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["where"], meta_fields=["keep_kv"])
 @dataclass(frozen=True)
 class Causal:
@@ -93,11 +113,20 @@ class Causal:
 
     def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
         length = q.shape[-3]
-        mask = self.where[..., None, :] & jnp.tri(length, dtype=bool)[(None,) * (self.where.ndim - 1)]
-        return _attend(q, k, v, mask), (k, v) if self.keep_kv else None
+        order = jnp.tri(length, dtype=bool)[(None,) * (self.where.ndim - 1)]
+        mixed = [
+            _attend(
+                q[..., block, :, :],
+                k[..., : block.stop, :, :],
+                v[..., : block.stop, :, :],
+                self.where[..., None, : block.stop] & order[..., block, : block.stop],
+            )
+            for block in _blocks(length)
+        ]
+        return jnp.concatenate(mixed, axis=-3), (k, v) if self.keep_kv else None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["prefix_where", "segments"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["prefix_where", "segments"], meta_fields=["backend"])
 @dataclass(frozen=True)
 class PrefixPacked:
     """Packed items: each token sees its query's prefix and, causally, the item that it belongs to.
@@ -105,16 +134,68 @@ class PrefixPacked:
     `prefix_where` is bool [B, P]; `segments` int32 [B, R, T] holds each token's item slot within its row, 0
     for padding. The state is (k, v) of the prefix, both [B, P, K, H] per layer, shared by the query's R
     rows; the new state is None. One softmax runs over prefix and item together. Padding mixes to zero.
+
+    `backend` is one of `BACKENDS`: "xla", the reference, for any device and for training; "fused", for GPUs; "pallas",
+    for TPUs, and "pallas_interpret", the same arithmetic anywhere. The last two need each item's tokens to stand
+    together, which packing sees to.
+
+    Raises:
+        InputError: the backend is unknown.
     """
 
     prefix_where: Array
     segments: Array
+    backend: str = "xla"
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend)
 
     def __call__(self, q: Array, k: Array, v: Array, state: tuple[Array, Array]) -> tuple[Array, Any]:
+        if self.backend == "fused":
+            return self._fused(q, k, v, state), None
+        if self.backend.startswith("pallas"):
+            interpret = self.backend == "pallas_interpret"
+            where, segments = jnp.asarray(self.prefix_where), jnp.asarray(self.segments)
+            return attend_packed(q, k, v, *state, where, segments, interpret=interpret), None
+        mixed = [
+            self._block(q[:, :, block], k[:, :, : block.stop], v[:, :, : block.stop], state)
+            for block in _blocks(q.shape[2])
+        ]
+        return jnp.concatenate(mixed, axis=2), None
+
+    def _fused(self, q: Array, k: Array, v: Array, state: tuple[Array, Array]) -> Array:
+        """One call of the library's attention, each row with a copy of its prefix.
+
+        Its log-sum-exp is not fp32 and it knows no segments: no merging of partials, and a mask for each row.
+        """
+        b, r, t, n, h = q.shape
+        exists = jnp.asarray(self.segments) > 0
+        order = jnp.tri(t, dtype=bool)[None, None]
+        own = (self.segments[..., :, None] == self.segments[..., None, :]) & exists[..., None] & order
+        seen = self.prefix_where[:, None, None, :] & exists[..., None]
+        mask = jnp.concatenate([seen, own], axis=-1).reshape(b * r, 1, t, -1)
+        keys, values = (
+            jnp.concatenate([jnp.broadcast_to(old[:, None], (b, r, *old.shape[1:])), new], axis=2)
+            for old, new in zip(state, (k, v), strict=True)
+        )
+        cudnn = jax.default_backend() == "gpu" and q.dtype != jnp.float32
+        mixed = jax.nn.dot_product_attention(
+            q.reshape(b * r, t, n, h),
+            keys.reshape(b * r, -1, *k.shape[3:]),
+            values.reshape(b * r, -1, *v.shape[3:]),
+            mask=mask,
+            implementation="cudnn" if cudnn else "xla",
+        )
+        return jnp.where(exists[..., None, None], mixed.reshape(q.shape), 0)
+
+    def _block(self, q: Array, k: Array, v: Array, state: tuple[Array, Array]) -> Array:
+        """The last queries [B, R, T', N, H] of rows that are known up to them."""
         prefix_k, prefix_v = state
-        exists = self.segments > 0
-        same = self.segments[..., :, None] == self.segments[..., None, :]
-        own = same & exists[..., None] & jnp.tri(q.shape[-3], dtype=bool)[None, None]
+        end, length = k.shape[2], q.shape[2]
+        segments, theirs = self.segments[:, :, end - length : end], self.segments[:, :, :end]
+        exists = segments > 0
+        order = jnp.tri(length, end, end - length, dtype=bool)[None, None]
+        own = (segments[..., :, None] == theirs[..., None, :]) & exists[..., None] & order
         prefix = self.prefix_where[:, None, None, None, None, :] & exists[:, None, :, :, None, None]
 
         # The prefix part has R after its batch axes B and K, the item part before K: swap small sums only.
@@ -127,7 +208,7 @@ class PrefixPacked:
         total = own_weights.sum(axis=-1) + _swap(prefix_weights.sum(axis=-1))
         mixed = _sum_values("BRKTGC,BRCKH->BRKTGH", own_weights, v)
         mixed = mixed + _swap(_sum_values("BKRTGP,BPKH->BKRTGH", prefix_weights, prefix_v))
-        return jnp.moveaxis(mixed / _divisor(total), 2, 3).reshape(q.shape).astype(q.dtype), None
+        return jnp.moveaxis(mixed / _divisor(total), 2, 3).reshape(q.shape).astype(q.dtype)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["slots"], meta_fields=[])

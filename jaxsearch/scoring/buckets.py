@@ -10,12 +10,13 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxsearch.errors import InputError
 from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.scoring.packing import assign_rows
 
@@ -31,6 +32,8 @@ class Shape(NamedTuple):
     rows: int
     """Per query."""
     row_length: int
+    embeddings: int = 0
+    """Per query; 0: token items only."""
 
 
 def steps(low: int, high: int) -> tuple[int, ...]:
@@ -42,6 +45,32 @@ def steps(low: int, high: int) -> tuple[int, ...]:
     powers = (1 << i for i in range(high.bit_length()))
     sizes = {size for power in powers for size in (power, power * 3 // 2)}
     return tuple(sorted(size for size in sizes if low <= size <= high))
+
+
+def _best_sizes(lengths: Lengths, most: int) -> tuple[int, ...]:
+    """At most so many sizes such that rounding each length up adds least; the longest is one of them.
+
+    >>> _best_sizes([3, 3, 4, 10, 11, 11, 11, 30], 3)
+    (4, 11, 30)
+    """
+    values, counts = np.unique(np.asarray(lengths), return_counts=True)
+    if len(values) > 256:  # quantiles are as good, and the sums below stay small
+        places = np.linspace(0, len(values) - 1, 256).round().astype(int)
+        counts = np.diff(np.cumsum(counts)[places], prepend=0)
+        values = values[places]
+    below = np.cumsum(counts)
+    # cost[j]: rounding all up to values[j] and less, with values[j] the largest size so far.
+    cost, chosen = (values * below).astype(float), [(int(value),) for value in values]
+    best = (cost[-1], chosen[-1])
+    for _ in range(most - 1):
+        step = cost[:, None] + values[None, :] * (below[None, :] - below[:, None])
+        step = np.where(np.tri(len(values), k=-1, dtype=bool).T, step, np.inf)
+        before = step.argmin(axis=0)
+        chosen = [(*chosen[i], int(value)) for i, value in zip(before, values, strict=True)]
+        cost = step.min(axis=0)
+        if cost[-1] < best[0]:
+            best = (cost[-1], chosen[-1])
+    return best[1]
 
 
 @dataclass(frozen=True)
@@ -62,7 +91,7 @@ class Buckets:
     rows: tuple[int, ...] = steps(1, 64)
     row_length: tuple[int, ...] = steps(8, 8192)
     tokens: int = 4096
-    item_length: int = 4
+    item_length: int = 2
     compile_flops: float = 3e11
 
     def __post_init__(self) -> None:
@@ -80,7 +109,57 @@ class Buckets:
             shape.prefix in self.prefix
             and shape.rows in self.rows
             and shape.row_length in self.row_length
+            and shape.embeddings == self.table(shape.embeddings)
             and shape.queries in self.queries(shape)
+        )
+
+    def table(self, embeddings: int) -> int:
+        """Room for so many embeddings per query: none, or a power of two."""
+        return 1 << max(4, (embeddings - 1).bit_length()) if embeddings else 0
+
+    @classmethod
+    def fit(
+        cls, prefixes: Lengths, items: Sequence[Lengths], *, sizes: int = 4, tokens: int = 4096, **fields: Any
+    ) -> "Buckets":
+        """Sizes that pad lists like these least: at most so many per axis, the longest always among them.
+
+        Args:
+            prefixes: each query's number of prefix tokens.
+            items: each query's numbers of tokens per item.
+            sizes: how many prefix lengths, row lengths and numbers of items to tell apart.
+            tokens: of a call.
+            fields: other fields of `Buckets`.
+
+        Raises:
+            ValueError: there is no query with items, or a length is 0.
+        """
+        counts = [len(lengths) for lengths in items if lengths]
+        if not counts:
+            raise InputError("items has no lists to fit the buckets to: give at least one with an item")
+        rows = _best_sizes(counts, sizes)
+        lengths = _best_sizes([length for one in items for length in one], sizes)
+        # Lists that are cut into even parts, each about as large as a call may be.
+        parts = (-(-count // n) for count in rows for n in range(1, count * lengths[-1] // tokens + 2))
+        # Rows that several items share, where all are short: whole multiples of the commonest length.
+        middle = int(np.median([length for one in items for length in one]))
+        shared = (middle * n for n in (2, 4, 8, 16, 32) if middle * n <= 256)
+        return cls(
+            prefix=_best_sizes(prefixes, sizes),
+            rows=tuple(sorted({1, *rows, *parts, *steps(1, rows[-1])})),
+            row_length=tuple(sorted({*lengths, *shared})),
+            tokens=tokens,
+            item_length=min(2, lengths[0]),
+            **fields,
+        )
+
+    def only(self, shapes: Collection[Shape]) -> "Buckets":
+        """No size but those of these shapes, and no compilation that one of them can replace."""
+        return replace(
+            self,
+            prefix=tuple(sorted({shape.prefix for shape in shapes})),
+            rows=tuple(sorted({shape.rows for shape in shapes})),
+            row_length=tuple(sorted({shape.row_length for shape in shapes})),
+            compile_flops=1e18,
         )
 
     def per_row(self, row_length: int) -> int:
@@ -142,6 +221,7 @@ def plan(
     buckets: Buckets,
     config: DecoderConfig,
     compiled: Collection[Shape] = (),
+    embeddings: Sequence[Lengths] | None = None,
 ) -> list[Call]:
     """The calls that score these queries at the least cost, compilation included.
 
@@ -151,6 +231,7 @@ def plan(
         buckets: the closed set.
         config: of the decoder.
         compiled: shapes that cost nothing more to compile.
+        embeddings: how many of each item's tokens are embeddings; default: none.
 
     Raises:
         ValueError: a length is 0 or beyond the largest bucket; the message names query and item.
@@ -172,7 +253,17 @@ def plan(
         cost,
         compiled,
     )
-    units = [u for q in busy for u in _units(q, prefixes[q], items[q], row_length, rows, buckets)]
+    units = [
+        unit
+        for q in busy
+        for unit in _units(
+            q,
+            prefixes[q],
+            _place(items[q], row_length, buckets, None if embeddings is None else embeddings[q]),
+            rows,
+            buckets,
+        )
+    ]
     return _calls(units, buckets, cost, compiled)
 
 
@@ -222,6 +313,8 @@ class _Placement(NamedTuple):
     """int [L]."""
     longest: NDArray
     """int [rows], the length that each row needs, ascending."""
+    embeddings: NDArray
+    """int [rows], how many stand in each row."""
 
     def shapes(self, prefix: int, most: int, buckets: Buckets) -> list[Shape]:
         """What calls of at most `most` rows need, one shape per call."""
@@ -232,28 +325,34 @@ class _Placement(NamedTuple):
                 prefix,
                 _round_up(end - start, buckets.rows),
                 _round_up(int(self.longest[end - 1]), buckets.row_length),
+                buckets.table(int(self.embeddings[start:end].sum())),
             )
             for start, end in zip([0, *ends], ends, strict=False)
         ]
 
 
-def _place(lengths: Lengths, row_length: int | None, buckets: Buckets) -> _Placement:
+def _place(
+    lengths: Lengths, row_length: int | None, buckets: Buckets, embeddings: Lengths | None = None
+) -> _Placement:
     """Items packed into rows (of the next longer kind where an item needs it), or one per row."""
     sizes = np.asarray(lengths)
     if row_length is None:
         order = np.argsort(sizes, kind="stable")
-        return _Placement(order, np.arange(len(sizes)), np.zeros_like(sizes), sizes[order])
-    row_length = max(row_length, _round_up(max(lengths), buckets.row_length))
-    rows, columns = assign_rows(sizes, row_length, most=buckets.per_row(row_length))
-    order = np.argsort(rows, kind="stable")
-    return _Placement(order, rows[order], columns[order], np.full(rows.max() + 1, row_length))
+        rows, columns, longest = np.arange(len(sizes)), np.zeros_like(sizes), sizes[order]
+    else:
+        row_length = max(row_length, _round_up(max(lengths), buckets.row_length))
+        found, starts = assign_rows(sizes, row_length, most=buckets.per_row(row_length))
+        order = np.argsort(found, kind="stable")
+        rows, columns = found[order], starts[order]
+        longest = np.full(rows[-1] + 1, row_length)
+    held = np.zeros(len(longest), np.int64)
+    if embeddings is not None:
+        np.add.at(held, rows, np.asarray(embeddings)[order])
+    return _Placement(order, rows, columns, longest, held)
 
 
-def _units(
-    query: int, prefix: int, lengths: Lengths, row_length: int | None, most: int, buckets: Buckets
-) -> list[Unit]:
+def _units(query: int, prefix: int, placement: _Placement, most: int, buckets: Buckets) -> list[Unit]:
     """A query's items, placed and cut into calls of at most so many rows."""
-    placement = _place(lengths, row_length, buckets)
     units = []
     for call, shape in enumerate(placement.shapes(_round_up(prefix, buckets.prefix), most, buckets)):
         inside = placement.rows // most == call

@@ -6,20 +6,28 @@ An item's score is the same alone, batched, packed in any order and with any pad
 Axes: B queries, P prefix tokens, R rows per query, T tokens per row, L items per query, D width, C labels.
 """
 
+import itertools
+import math
+import os
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from numpy.typing import NDArray
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import DTypeLike, NDArray
 
-from jaxsearch.models.attention import Causal, PrefixPacked
-from jaxsearch.models.decoder import Decoder, DecoderConfig
+from jaxsearch.errors import InputError
+from jaxsearch.models.attention import Causal, PrefixPacked, check_backend
+from jaxsearch.models.decoder import Decoder, DecoderConfig, unstack
+from jaxsearch.models.int8 import int8_weights
 from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
-from jaxsearch.scoring.packing import Array, PackedItems, place_items
+from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
+from jaxsearch.training.sharding import parameter_shardings, replicated
 
 __all__ = [
     "Buckets",
@@ -31,6 +39,7 @@ __all__ = [
     "read_labels",
     "score",
     "steps",
+    "use_compilation_cache",
 ]
 
 
@@ -79,6 +88,8 @@ def answer_hidden(
     prefix_where: Array,
     items: PackedItems,
     back: Array | None = None,
+    *,
+    backend: str = "xla",
 ) -> jax.Array:
     """The hidden state at each item's last token, where its answer is read; differentiable.
 
@@ -88,6 +99,7 @@ def answer_hidden(
         prefix_where: bool [B, P], the tokens that exist, left-aligned.
         items: of B queries.
         back: int [B, L, J], read J places of each item instead, each so many tokens before its last one.
+        backend: of the items' attention, see `jaxsearch.models.attention.PrefixPacked`.
 
     Returns:
         [B, L, D] or [B, L, J, D] in the compute dtype, after the final norm; 0 where there is no item.
@@ -97,9 +109,9 @@ def answer_hidden(
     x = decoder.embed(jnp.asarray(prefix_tokens))
     _, state = decoder(x, positions, Causal(where, keep_kv=True))
 
-    x = decoder.embed(jnp.asarray(items.tokens))
+    x = embed_items(decoder, items)
     positions = jnp.sum(where, axis=1)[:, None, None] + items.offsets
-    hidden, _ = decoder(x, positions, PrefixPacked(where, segments), state)
+    hidden, _ = decoder(x, positions, PrefixPacked(where, segments, backend), state)
     batch = jnp.arange(where.shape[0])[:, None]
     row, column, exists = items.last[..., 0], items.last[..., 1], jnp.asarray(items.where)
     if back is None:
@@ -108,14 +120,31 @@ def answer_hidden(
     return jnp.where(exists[..., None, None], answers, 0)
 
 
-def score(scorer: Scorer, prefix_tokens: Array, prefix_where: Array, items: PackedItems) -> jax.Array:
+def embed_items(decoder: Decoder, items: PackedItems) -> jax.Array:
+    """Token embeddings [B, R, T, D], and in place of some of them the items' own."""
+    x = decoder.embed(jnp.asarray(items.tokens))
+    if items.embeddings is None or items.embedded is None:
+        return x
+    table, index = jnp.asarray(items.embeddings), jnp.asarray(items.embedded)
+    batch = jnp.arange(index.shape[0])[:, None, None]
+    own = table[batch, jnp.maximum(index, 0)].astype(x.dtype)
+    return jnp.where((index >= 0)[..., None], own, x)
+
+
+def score(
+    scorer: Scorer, prefix_tokens: Array, prefix_where: Array, items: PackedItems, *, backend: str = "xla"
+) -> jax.Array:
     """Label logits of every item, fp32 [B, L, C]; 0 where there is no item. Arguments as `answer_hidden`."""
-    return read_labels(scorer, answer_hidden(scorer.decoder, prefix_tokens, prefix_where, items))
+    hidden = answer_hidden(scorer.decoder, prefix_tokens, prefix_where, items, backend=backend)
+    return read_labels(scorer, hidden)
 
 
 def read_labels(scorer: Scorer, hidden: jax.Array) -> jax.Array:
     """Label logits fp32 [..., C] of hidden states [..., D]: the label rows alone, never the vocabulary."""
     return jnp.einsum("...D,CD->...C", hidden.astype(jnp.float32), scorer.label_matrix(), precision="highest")
+
+
+_Arrays = TypeVar("_Arrays", Prefix, PackedItems)
 
 
 class PrefillScorer:
@@ -125,28 +154,149 @@ class PrefillScorer:
     split; several queries share a call (`jaxsearch.scoring.buckets.plan`). Scores depend on none of it.
     """
 
-    def __init__(self, scorer: Scorer, *, buckets: Buckets | None = None):
-        """Hold the scorer's weights as they are now; `update` brings later ones."""
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        buckets: Buckets | None = None,
+        backend: str = "xla",
+        mesh: Mesh | None = None,
+        unrolled: bool = False,
+        int8: bool = False,
+    ):
+        """Hold the scorer's weights as they are now; `update` brings later ones.
+
+        Args:
+            scorer: what scores.
+            buckets: the closed set of shapes.
+            backend: of the items' attention, one of `jaxsearch.models.attention.BACKENDS`.
+            mesh: devices with axes `data`, `fsdp` and `tensor`: queries, or the rows of a query where `data` does
+                not divide the queries, are split over `data`, weights as in training. Needs the backend "xla".
+                Default: one device.
+            unrolled: compile each layer on its own: faster calls on a CPU, slower compilation (see
+                `jaxsearch.models.decoder.unstack`).
+            int8: hold the layers' matrices in eight bits (see `jaxsearch.models.int8`); needs the package qwix.
+
+        Raises:
+            InputError: the backend is unknown, or cannot be split over a mesh.
+        """
+        check_backend(backend)
+        if mesh is not None and backend != "xla":
+            raise InputError(f"backend {backend!r} runs on one device: use 'xla' with a mesh")
+        for name, value in (("unrolled", unrolled), ("int8", int8)):
+            if mesh is not None and value:
+                raise InputError(f"{name} is True with a mesh: this runs on one device")
         self.buckets = Buckets() if buckets is None else buckets
         self.config: DecoderConfig = scorer.decoder.config
-        graphdef, state = nnx.split(scorer)
-        self._state = _snapshot(state)
-        labels = jax.eval_shape(lambda state: nnx.merge(graphdef, state).label_matrix(), self._state)
+        self.backend, self.usage, self._mesh = backend, Usage(), mesh
+        self._unrolled, self._int8 = unrolled, int8
+        self._graphdef, state = nnx.split(scorer)
+        self._signature = _signature(state)
+        self._state = self._place(_snapshot(state))
+        labels = jax.eval_shape(lambda state: nnx.merge(self._graphdef, state).label_matrix(), self._state)
         self.labels: int = labels.shape[0]
-        self._compiled: list[Shape] = []
+        self._programs: dict[Shape, jax.stages.Compiled] = {}
         self._settled: tuple[Shape, ...] | None = None
 
-        def run(state: Any, prefix: Prefix, items: PackedItems) -> jax.Array:
-            # Python runs this once per compilation, not once per call: the counter of what was compiled.
-            self._compiled.append(Shape(*prefix.tokens.shape, *items.tokens.shape[1:]))
-            return score(nnx.merge(graphdef, state), prefix.tokens, prefix.where, items)
+    def _place(self, state: nnx.State) -> nnx.State:
+        """The weights on the mesh, or where they are."""
+        state = int8_weights(state) if self._int8 else state
+        if self._mesh is None:
+            return unstack(state) if self._unrolled else state
+        shardings = parameter_shardings(state, self._mesh)
+        pure = jax.device_put(nnx.to_pure_dict(state), shardings)
+        nnx.replace_by_pure_dict(state, pure)
+        return state
 
-        self._run = jax.jit(run)
+    def program(self, shape: Shape) -> jax.stages.Compiled:
+        """The compiled call of a shape: weights, one int32 buffer and one of embeddings in, logits [B, L, C] out."""
+        if shape not in self._programs:
+            self._programs[shape] = self.compile(shape)
+        return self._programs[shape]
+
+    def compile(self, shape: Shape) -> jax.stages.Compiled:
+        """As `program`, but neither kept nor counted."""
+        layout = _layout(shape, self._slots(shape))
+
+        def run(state: nnx.State, buffer: jax.Array, table: jax.Array | None) -> jax.Array:
+            prefix, items = _unflatten(buffer, layout)
+            if table is not None:
+                items = items._replace(embeddings=table)
+            prefix, items = self._split(prefix), self._split(items)
+            scorer = nnx.merge(self._graphdef, state)
+            return score(scorer, prefix.tokens, prefix.where, items, backend=self.backend)
+
+        def spec(size: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(size, dtype, sharding=self._everywhere())
+
+        buffer = spec((sum(math.prod(size) for _, size in layout),), np.int32)
+        table = (shape.queries, shape.embeddings, self.config.width)
+        embeddings = spec(table, self.config.dtype) if shape.embeddings else None
+        jitted = jax.jit(run, out_shardings=self._everywhere())
+        return jitted.lower(self._state, buffer, embeddings).compile()
+
+    def _everywhere(self) -> NamedSharding | None:
+        return None if self._mesh is None else replicated(self._mesh)
+
+    def _split(self, arrays: _Arrays) -> _Arrays:
+        """Arrays of queries, split over the mesh's data axis by query or, of one query's rows, by row."""
+        mesh = self._mesh
+        if mesh is None:
+            return arrays
+        size = mesh.shape["data"]
+
+        def split(x: jax.Array, name: str) -> jax.Array:
+            by_row = name in ("tokens", "segments", "offsets", "embedded") and x.ndim == 3
+            if x.shape[0] % size == 0:
+                spec = PartitionSpec("data")
+            else:
+                spec = PartitionSpec(None, "data") if by_row and x.shape[1] % size == 0 else PartitionSpec()
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+        named = {name: x for name, x in arrays._asdict().items() if x is not None}
+        return arrays._replace(**{name: split(jnp.asarray(x), name) for name, x in named.items()})
+
+    def _slots(self, shape: Shape) -> int:
+        return shape.rows * self.buckets.per_row(shape.row_length)
+
+    def warm_up(
+        self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
+    ) -> tuple[Shape, ...]:
+        """Compile what lists like these need, and nothing else from then on: before the first request.
+
+        The shapes are those of each list alone and of all together, and one that holds the longest prefix with the
+        most rows of the longest items. Whatever is longer is refused from then on.
+
+        Args:
+            prefixes: as in `score_lists`.
+            items: as in `score_lists`; with embeddings only if some item has them here.
+
+        Returns:
+            The shapes; `compiled_shapes` stays the same afterwards.
+        """
+        lists = list(zip(prefixes, items, strict=True))
+        calls = self._plan(prefixes, items, ())
+        for prefix, candidates in lists:
+            calls += self._plan([prefix], [candidates], [call.shape for call in calls])
+        if not calls:
+            raise InputError("there is nothing to warm up with: give at least one list with an item")
+        shapes = list(dict.fromkeys(call.shape for call in calls))
+        largest = Shape(1, *(max(sizes) for sizes in list(zip(*shapes, strict=True))[1:4]))
+        wanted = [largest] if not all(shape.embeddings for shape in shapes) else []
+        if any(shape.embeddings for shape in shapes):
+            room = self.buckets.table(largest.rows * largest.row_length)
+            wanted.append(largest._replace(embeddings=room))
+        shapes = list(dict.fromkeys([*shapes, *wanted]))
+        for shape in shapes:
+            self.program(shape)
+        self.buckets = self.buckets.only(shapes)
+        self._settled = tuple(shapes)
+        return self.compiled_shapes
 
     @property
     def compiled_shapes(self) -> tuple[Shape, ...]:
         """Every compilation so far, in order; each is in `buckets` and none occurs twice."""
-        return tuple(self._compiled)
+        return tuple(self._programs)
 
     def update(self, scorer: Scorer) -> None:
         """Take over the weights of a scorer of the same architecture, such as a later step's; no compilation.
@@ -155,14 +305,13 @@ class PrefillScorer:
             ValueError: parameters differ in name, shape or dtype.
         """
         state = _snapshot(nnx.state(scorer))
-        old, new = (jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (self._state, state))
-        if old != new:
+        if _signature(state) != self._signature:
             raise ValueError(
                 "scorer has other parameters than the one compiled for: build a new PrefillScorer"
             )
-        self._state = state
+        self._state = self._place(state)
 
-    def settle(self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Sequence[int]]]) -> None:
+    def settle(self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]) -> None:
         """Choose the shapes for lists like these, and from now on plan as if exactly these were compiled.
 
         The same lists then give the same bits, whatever was scored before them and in whichever process: what a
@@ -177,32 +326,35 @@ class PrefillScorer:
     def _plan(
         self,
         prefixes: Sequence[Sequence[int]],
-        items: Sequence[Sequence[Sequence[int]]],
+        items: Sequence[Sequence[Item]],
         compiled: Sequence[Shape],
     ) -> list[Call]:
+        embeddings = list(map(count_embeddings, items))
         return plan(
             list(map(len, prefixes)),
             [list(map(len, candidates)) for candidates in items],
             buckets=self.buckets,
             config=self.config,
             compiled=compiled,
+            embeddings=embeddings if any(map(any, embeddings)) else None,
         )
 
     def score_lists(
-        self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Sequence[int]]]
+        self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
     ) -> list[NDArray[np.float32]]:
         """Label logits of every query's items.
 
         Args:
             prefixes: prefixes[query] is a sequence of at least one token id.
-            items: items[query][item] is a sequence of at least one token id; a query may have no items.
+            items: items[query][item] is a sequence of at least one token id, or an `EmbeddedItem`; a query may
+                have no items.
 
         Returns:
             One fp32 array [L of the query, C] per query.
 
         Raises:
-            ValueError: a prefix or an item is empty or longer than the largest bucket, or a token id lies
-                outside the vocabulary; the message names the query.
+            ValueError: a prefix or an item is empty or longer than the largest bucket, a token id lies outside
+                the vocabulary, or an embedding has another width than the decoder; the message names the query.
             FloatingPointError: a score is NaN or infinite; the message names the query and the first such
                 item (a NaN spreads to the items that share its row, never to another query).
         """
@@ -210,21 +362,35 @@ class PrefillScorer:
             raise ValueError(
                 f"items has {len(items)} lists: prefixes has {len(prefixes)}, give one per query"
             )
-        calls = self._plan(prefixes, items, self._compiled if self._settled is None else self._settled)
+        self._check_widths(items)
+        known = self.compiled_shapes if self._settled is None else self._settled
+        calls = self._plan(prefixes, items, known)
         found = [np.zeros((len(candidates), self.labels), np.float32) for candidates in items]
         running: deque[tuple[list[Unit], jax.Array]] = deque()
         for call in calls:
-            running.append((call.units, self._run(self._state, *self._arrays(call, prefixes, items))))
+            program = self.program(call.shape)
+            buffers = jax.device_put(self._buffers(call, prefixes, items), self._everywhere())
+            running.append((call.units, program(self._state, *buffers)))
             if len(running) > 1:  # one call runs while the next is packed
                 _collect(*running.popleft(), found)
         for units, logits in running:
             _collect(units, logits, found)
+        self.usage.add(prefixes, items, calls)
         return found
 
-    def _arrays(
-        self, call: Call, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Sequence[int]]]
-    ) -> tuple[Prefix, PackedItems]:
-        """The arrays of one call, padded to its shape."""
+    def _check_widths(self, items: Sequence[Sequence[Item]]) -> None:
+        for query, candidates in enumerate(items):
+            for number, item in enumerate(candidates):
+                if isinstance(item, EmbeddedItem) and item.embeddings.shape[1] != self.config.width:
+                    raise InputError(
+                        f"query {query}, item {number} has embeddings of width {item.embeddings.shape[1]}: "
+                        f"give {self.config.width}, the decoder's"
+                    )
+
+    def _buffers(
+        self, call: Call, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
+    ) -> tuple[NDArray, NDArray | None]:
+        """One call's numbers, padded to its shape: all integers in one buffer, which is one transfer."""
         shape, units = call
         empty = shape.queries - len(units)
         nowhere = np.zeros(0, np.int64)
@@ -233,7 +399,10 @@ class PrefillScorer:
             [(unit.rows, unit.columns) for unit in units] + [(nowhere, nowhere)] * empty,
             row_length=shape.row_length,
             rows=shape.rows,
-            slots=shape.rows * self.buckets.per_row(shape.row_length),
+            slots=self._slots(shape),
+            embeddings=shape.embeddings,
+            width=self.config.width,
+            dtype=self.config.dtype,
         )
         prefix = pad_prefixes(
             [prefixes[unit.query] for unit in units], length=shape.prefix, queries=shape.queries
@@ -245,12 +414,74 @@ class PrefillScorer:
                     f"query {units[bad[0][0]].query} has token id {tokens[tuple(bad[0])]}: "
                     f"the vocabulary ends at {self.config.vocab_size - 1}"
                 )
-        return prefix, packed
+        named = prefix._asdict() | {f"items.{name}": x for name, x in packed._asdict().items()}
+        parts = [named[name].reshape(-1) for name, _ in _layout(shape, self._slots(shape))]
+        table = None if packed.embeddings is None else np.asarray(packed.embeddings)
+        return np.concatenate(parts, dtype=np.int32), table
+
+
+@dataclass
+class Usage:
+    """What was scored, and what was computed for it."""
+
+    calls: int = 0
+    tokens: int = 0
+    """Tokens of prefixes, each once, and of items."""
+    computed: int = 0
+    """With padding, and with prefixes that were computed again because their items did not fit one call."""
+
+    def add(
+        self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]], calls: Sequence[Call]
+    ) -> None:
+        """Count one request."""
+        self.calls += len(calls)
+        for prefix, candidates in zip(prefixes, items, strict=True):
+            self.tokens += (len(prefix) + sum(map(len, candidates))) if candidates else 0
+        for shape, _ in calls:
+            self.computed += shape.queries * (shape.prefix + shape.rows * shape.row_length)
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed tokens that nobody asked for."""
+        return 1 - self.tokens / self.computed if self.computed else 0.0
+
+
+def use_compilation_cache(folder: str | os.PathLike[str]) -> None:
+    """Keep compiled programs in a folder, for this process and later ones: a restart then warms up in seconds."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _layout(shape: Shape, slots: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each array in a call's buffer, in order."""
+    prefix, rows = (shape.queries, shape.prefix), (shape.queries, shape.rows, shape.row_length)
+    layout = [("tokens", prefix), ("where", prefix), ("items.tokens", rows), ("items.segments", rows)]
+    layout += [("items.offsets", rows), ("items.last", (shape.queries, slots, 2))]
+    layout += [("items.where", (shape.queries, slots))]
+    return [*layout, ("items.embedded", rows)] if shape.embeddings else layout
+
+
+def _unflatten(
+    buffer: jax.Array, layout: Sequence[tuple[str, tuple[int, ...]]]
+) -> tuple[Prefix, PackedItems]:
+    """The arrays of a buffer."""
+    ends = list(itertools.accumulate(math.prod(size) for _, size in layout))
+    parts = zip(layout, [0, *ends], ends, strict=False)
+    arrays = {name: buffer[start:end].reshape(size) for (name, size), start, end in parts}
+    arrays |= {name: x > 0 for name, x in arrays.items() if name.endswith("where")}
+    inner = {name.removeprefix("items."): x for name, x in arrays.items() if name.startswith("items.")}
+    return Prefix(arrays["tokens"], arrays["where"]), PackedItems(**inner)
 
 
 def _snapshot(state: nnx.State) -> nnx.State:
     """The same arrays in variables of their own: training the module on does not change them."""
     return jax.tree.map(lambda x: x, state)
+
+
+def _signature(state: nnx.State) -> dict[tuple, tuple]:
+    """Shape and dtype of every parameter."""
+    return {path: (value.shape, value.dtype) for path, value in nnx.to_flat_state(state)}
 
 
 def _collect(units: list[Unit], logits: jax.Array, found: list[NDArray[np.float32]]) -> None:

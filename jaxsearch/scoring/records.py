@@ -1,7 +1,9 @@
 """From records to scores: prompts, tokens and the prefill function behind one call. Evaluation, labelling and serving use it."""
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
@@ -18,6 +20,10 @@ from jaxsearch.scoring.prefill import Buckets, PrefillScorer, steps
 
 JUDGE_LABELS = ("0", "1", "2", "3", "4")
 RANKER_LABELS = ("Yes", "No")
+PREFIXES = 10_000
+"""How many queries' tokens are kept."""
+CHUNK = 256
+"""Queries whose tokens are made at a time."""
 Scores = TypeVar("Scores", np.ndarray, jax.Array)
 
 
@@ -47,6 +53,7 @@ class RecordScorer:
         self.truncated = np.array([part.truncated for part in parts])
         """int [M], tokens cut off each document's end."""
         self._document_tokens = [part.ids for part in parts]
+        self._prefixes: OrderedDict[tuple, list[int]] = OrderedDict()
         self.prefill = PrefillScorer(scorer, buckets=buckets)
 
     def items(
@@ -63,10 +70,44 @@ class RecordScorer:
             for row, pair in zip(rows, pairs, strict=True)
         ]
 
+    def prefixes(self, queries: Sequence[Query]) -> list[list[int]]:
+        """Token ids of each query's prefix; those of the last `PREFIXES` queries are kept.
+
+        Raises:
+          InputError: a query is empty or too long; names it.
+        """
+        keys = [
+            (q.vertical, q.text, tuple(sorted(q.searcher.items())), tuple(sorted(q.filters.items())))
+            for q in queries
+        ]
+        new = {key: query for key, query in zip(keys, queries, strict=True) if key not in self._prefixes}
+        made = dict(zip(new, self.room.prefixes(list(new.values())), strict=True)) if new else {}
+        found = [made[key] if key in made else self._prefixes[key] for key in keys]
+        for key, ids in zip(keys, found, strict=True):
+            self._prefixes[key] = ids
+            self._prefixes.move_to_end(key)
+        while len(self._prefixes) > PREFIXES:
+            self._prefixes.popitem(last=False)
+        return found
+
+    def tokens(
+        self, queries: Sequence[Query], candidates: Sequence[np.ndarray]
+    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Prefixes and items of these queries, what `PrefillScorer.score_lists` takes; documents' tokens are there already.
+
+        Args:
+          queries: B queries.
+          candidates: for each query, rows of its documents.
+        """
+        pairs = zip(queries, candidates, strict=True)
+        # All pair parts in one tokenizer call; `items` then finds them.
+        self.room.pairs([self.room.pair_text(q, self.documents[row]) for q, rows in pairs for row in rows])
+        lists = [self.items(query, rows) for query, rows in zip(queries, candidates, strict=True)]
+        return self.prefixes(queries), lists
+
     def settle(self, queries: Sequence[Query], candidates: Sequence[np.ndarray]) -> None:
         """Choose the shapes for queries like these and keep to them (see `PrefillScorer.settle`)."""
-        lists = [self.items(query, rows) for query, rows in zip(queries, candidates, strict=True)]
-        self.prefill.settle(self.room.prefixes(queries), lists)
+        self.prefill.settle(*self.tokens(queries, candidates))
 
     def __call__(
         self,
@@ -82,14 +123,16 @@ class RecordScorer:
           progress: called with the number of queries done since the last call.
         """
         results: list[np.ndarray] = []
-        for start in range(0, len(queries), 256):
-            chunk = queries[start : start + 256]
-            lists = [
-                self.items(q, rows) for q, rows in zip(chunk, candidates[start : start + 256], strict=True)
-            ]
-            results += self.prefill.score_lists(self.room.prefixes(chunk), lists)
-            if progress is not None:
-                progress(len(chunk))
+        chunks = [slice(start, start + CHUNK) for start in range(0, len(queries), CHUNK)]
+        with ThreadPoolExecutor(1) as pool:  # tokens of the next chunk are made while the device scores
+            made = [pool.submit(self.tokens, queries[chunk], candidates[chunk]) for chunk in chunks[:1]]
+            for i, chunk in enumerate(chunks):
+                prefixes, lists = made.pop().result()
+                for following in chunks[i + 1 : i + 2]:
+                    made.append(pool.submit(self.tokens, queries[following], candidates[following]))
+                results += self.prefill.score_lists(prefixes, lists)
+                if progress is not None:
+                    progress(len(queries[chunk]))
         return results
 
 

