@@ -121,6 +121,7 @@ FEATURES = {
 }
 """Pair features by name, written as the paper found best (section 4): descriptive names, True/False words, two decimals.
 What a vertical does not know (people have no pay, postings no network distance) is left out of its prompts."""
+_LONGEST_VALUE = "99.99"
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,17 @@ class DocumentTokens(NamedTuple):
 
     ids: list[int]
     truncated: int
+
+
+class Longest(NamedTuple):
+    """Most tokens that the parts of a prompt can have."""
+
+    prefix: int
+    """For the document tower, which has none, of no meaning."""
+    document: int
+    """Without pair and suffix; for the document tower with its tail."""
+    item: int
+    """Document, pair and suffix."""
 
 
 class PromptRoom:
@@ -298,6 +310,17 @@ class PromptRoom:
             )
         return "".join(
             f"\n{feature.full.capitalize()}: {value}" for feature, value in written if value is not None
+        )
+
+    def longest(self) -> Longest:
+        """Most tokens that prefix, document and item can have, by the limits of the template."""
+        verticals = () if self.config.kind == "document" else tuple(_THING)
+        openings = [len(self._opening(vertical)) for vertical in verticals] or [0]
+        document = self.config.max_document_tokens + len(self.suffix) * (self.config.kind == "document")
+        values = [f"\n{FEATURES[name].full.capitalize()}: {_LONGEST_VALUE}" for name in self.config.features]
+        pair = sum(map(len, self.pairs(values)))
+        return Longest(
+            max(openings) + self.config.max_query_tokens + 1, document, document + pair + len(self.suffix)
         )
 
     def pairs(self, texts: Sequence[str]) -> list[list[int]]:

@@ -17,11 +17,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Attention
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+BATCH_AXES = ("data", "fsdp")
+"""Mesh axes that the first axis of activations is split over."""
 # Inside a scan nothing can be merged across iterations, so the costly barriers of prevent_cse are not needed.
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -204,6 +207,19 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def split_batch(x: Array) -> Array:
+    """The same activations [B, ...], held to be split over their first axis by the mesh axes `data` and `fsdp`.
+
+    Left to itself the compiler takes over the split of the embedding's width, and then sums activations across devices in every layer,
+    where gathering the parameters moves far less. Outside of a mesh, or where the devices do not divide B, nothing changes.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    axes = tuple(axis for axis in BATCH_AXES if axis in sizes)
+    if not axes or x.shape[0] % math.prod(sizes[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[None] * (x.ndim - 1)))
+
+
 def block(
     x: Array,
     w: dict[str, Array],
@@ -266,7 +282,8 @@ class Decoder(nnx.Module):
 
         An id beyond the vocabulary gives NaN, so that it cannot pass unseen.
         """
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(self.config.dtype)
+        rows = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(self.config.dtype)
+        return split_batch(rows)
 
     @overload
     def __call__(
@@ -326,8 +343,8 @@ class Decoder(nnx.Module):
         angles = rotary_angles(positions, c.head_dim, c.rope_theta)
 
         def step(x: Array, layer: tuple[dict[str, Array], Any]) -> tuple[Array, tuple[Any, Array | None]]:
-            y, new_state = block(x, layer[0], angles, attention, layer[1], c)
-            return y, (new_state, x if return_layers else None)
+            y, new_state = block(split_batch(x), layer[0], angles, attention, layer[1], c)
+            return split_batch(y), (new_state, x if return_layers else None)
 
         x, (state, inputs) = jax.lax.scan(
             REMAT[c.remat](step), x.astype(c.dtype), (self.layers.arrays(), state)

@@ -9,7 +9,7 @@ Axes: B queries, R rows per query, T tokens per row, L items per query.
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -31,6 +31,14 @@ class PackedItems(NamedTuple):
     """int32 [B, L, 2], row and column of each item's last token; (0, 0) where there is no item."""
     where: Array
     """bool [B, L], the items that exist."""
+
+
+def packed_shape(queries: int, rows: int, row_length: int, slots: int) -> PackedItems:
+    """`jax.ShapeDtypeStruct`s of packed items [B, R, T] with room for L items."""
+    tokens: Any = jax.ShapeDtypeStruct((queries, rows, row_length), np.int32)
+    last: Any = jax.ShapeDtypeStruct((queries, slots, 2), np.int32)
+    where: Any = jax.ShapeDtypeStruct((queries, slots), np.bool_)
+    return PackedItems(tokens, tokens, tokens, last, where)
 
 
 def assign_rows(

@@ -73,6 +73,12 @@ def pad_prefixes(
     return Prefix(tokens, where)
 
 
+def prefix_shape(queries: int, length: int) -> Prefix:
+    """`jax.ShapeDtypeStruct`s of prefixes [B, P]."""
+    shapes: list[Any] = [jax.ShapeDtypeStruct((queries, length), dtype) for dtype in (np.int32, np.bool_)]
+    return Prefix(*shapes)
+
+
 def answer_hidden(
     decoder: Decoder,
     prefix_tokens: Array,

@@ -8,7 +8,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -20,12 +20,13 @@ from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.data.score_store import StoreMeta, read_scores
 from jaxsearch.models.contract import Contract, Golden, save_model
 from jaxsearch.models.scorer import Scorer
-from jaxsearch.scoring.packing import pack_items
-from jaxsearch.scoring.prefill import pad_prefixes, score
+from jaxsearch.scoring.packing import pack_items, packed_shape
+from jaxsearch.scoring.prefill import pad_prefixes, prefix_shape, score
 from jaxsearch.scoring.records import JUDGE_LABELS, RANKER_LABELS, RecordScorer
 from jaxsearch.tasks.base import (
     DataConfig,
     ModelConfig,
+    abstract_start,
     check_prompt,
     evaluation_lists,
     load_start,
@@ -79,8 +80,7 @@ class CrossEncoderTask(Task):
         self.config, self.data, self.actions = config, data, tuple(actions)
         self.start = load_start(config.model, data)
         self.room = check_prompt("prompt", config.prompt, self.kind, self.start.tokenizer)
-        names = JUDGE_LABELS if self.kind == "judge" else RANKER_LABELS
-        self.labels = {name: self.start.tokenizer.label(name) for name in names}
+        self.labels = self._label_ids()
         self.examples = self.make_examples()
         if not self.examples:
             raise ConfigError(f"data {config.data.name} has no training examples for {type(self).__name__}")
@@ -95,6 +95,41 @@ class CrossEncoderTask(Task):
     @abc.abstractmethod
     def make_examples(self) -> list[Example]:
         """The training examples."""
+
+    def _label_ids(self) -> dict[str, int]:
+        names = JUDGE_LABELS if self.kind == "judge" else RANKER_LABELS
+        return {name: self.start.tokenizer.label(name) for name in names}
+
+    @classmethod
+    def abstract(cls, config: CrossEncoderConfig, actions: Sequence[str] = ()) -> Self:
+        """The task without examples (`TaskConfig.build_abstract`)."""
+        task = cls.__new__(cls)
+        task.config, task.actions = config, tuple(actions)
+        task.start = abstract_start(config.model)
+        task.room = check_prompt("prompt", config.prompt, cls.kind, task.start.tokenizer)
+        task.labels = task._label_ids()
+        longest = task.room.longest()
+        task._prefix_length = longest.prefix
+        task._answer_length = 0 if config.prompt.answer == "grade" else config.prompt.max_answer_tokens
+        task._row_length = longest.item + task._answer_length
+        return task
+
+    def batch_shape(self, size: int) -> Batch:
+        """What `batch` gives; a subclass adds its targets by `target_shapes`."""
+        slots = self.config.candidates
+        targets: dict[str, tuple[tuple[int, ...], Any]] = {
+            name: ((size, slots, *shape), np.float32) for name, shape in self.target_shapes().items()
+        }
+        if self._answer_length:
+            targets["answers"] = ((size, slots, self._answer_length), np.int32)
+        return {
+            "prefix": prefix_shape(size, self._prefix_length),
+            "items": packed_shape(size, slots, self._row_length, slots),
+        } | {name: jax.ShapeDtypeStruct(*target) for name, target in targets.items()}
+
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Target name -> its shape for one candidate."""
+        raise NotImplementedError(f"{type(self).__name__} has no target_shapes()")
 
     def _longest_item(self) -> int:
         """T: room for the longest document, the longest pair part and the suffix."""
@@ -124,6 +159,11 @@ class CrossEncoderTask(Task):
     def example_ids(self, indices: np.ndarray) -> list[str]:
         """Query ids."""
         return [self._queries[self.examples[i].query].id for i in indices]
+
+    @property
+    def data_version(self) -> str:
+        """Fingerprint of the data set."""
+        return self.data.fingerprint
 
     def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
         """prefix, items (one per row), targets [B, L, ...] and answers of these queries; candidates are drawn anew each time."""

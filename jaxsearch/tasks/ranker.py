@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.data.prompts import FEATURES, PromptConfig
+from jaxsearch.data.records import ACTIONS
 from jaxsearch.losses import action_loss, binary_kl, listwise_kl
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.records import RANKER_LABELS, action_log_odds, relevance_log_odds
@@ -72,6 +73,10 @@ class RankerConfig(CrossEncoderConfig):
             )
         return RankerTask(self, config, data, actions)
 
+    def build_abstract(self) -> "RankerTask":
+        """The task without data; with `engagement_scores` named, of any folder, it has the actions of jobs."""
+        return RankerTask.abstract(self, ACTIONS["jobs"] if self.engagement_scores else ())
+
 
 class RankerTask(CrossEncoderTask):
     """alpha (KL + listwise KL) to the relevance teacher + (1 - alpha) masked KL to the engagement teacher."""
@@ -101,6 +106,10 @@ class RankerTask(CrossEncoderTask):
         if self.actions:
             targets["engagement"] = _sigmoid(scores(stores["engagement"], len(self.actions)))
         return Example(query, np.array(rows, np.int32), targets)
+
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """A log-odds, and a probability for each action."""
+        return {"relevance": ()} | ({"engagement": (len(self.actions),)} if self.actions else {})
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """Each teacher's term is a mean over what that teacher scored."""

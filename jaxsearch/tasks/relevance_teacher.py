@@ -39,6 +39,10 @@ class RelevanceTeacherConfig(CrossEncoderConfig):
         """The task on its data."""
         return RelevanceTeacherTask(self, config, open_data(self.data))
 
+    def build_abstract(self) -> "RelevanceTeacherTask":
+        """The task without data."""
+        return RelevanceTeacherTask.abstract(self)
+
 
 class RelevanceTeacherTask(CrossEncoderTask):
     """KL to p(Yes), plus a listwise term."""
@@ -70,6 +74,10 @@ class RelevanceTeacherTask(CrossEncoderTask):
         if self.config.label_form == "expected_grade":
             return expected_grade(logits) / 4
         return np.minimum(grade_probabilities(logits)[:, 3:].sum(axis=-1), 1)  # the sum rounds up at times
+
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """A probability."""
+        return {"target": ()}
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """KL over pairs and cross entropy over lists, each a mean of its own."""
