@@ -15,6 +15,8 @@
 #   --claim NAME         the volume claim (default jaxsearch)
 #   --no-build           the image is there already
 
+# The fields are read by name, below.
+# shellcheck disable=SC2034
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 
@@ -47,9 +49,9 @@ for word in "$@"; do
 done
 text=$(<"$HERE/jobset.yaml")
 for field in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS CLAIM; do
-  text=${text//"\${$field}"/${!field}}
+  text=${text//"\${$field}"/"${!field}"}
 done
-text=${text//"\${COMMAND}"/[$list]}
+text=${text//"\${COMMAND}"/"[$list]"}
 
 if ((BUILD)); then
   run docker build --tag "$IMAGE" --file "$HERE/Dockerfile" "$HERE/.."

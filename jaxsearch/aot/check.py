@@ -244,8 +244,9 @@ def write(report: Report) -> str:
                 "Try a larger --accumulation or more devices.",
             ]
         )
+    share = (report.device_flops or 0.0) * math.prod(report.mesh.values()) / max(report.flops, 1.0)
     lines += [
-        f"on one device       {report.device_flops:.4g} FLOP, {size(report.bytes)} to and from HBM, "
+        f"on one device       {report.device_flops:.4g} FLOP ({share:.0%} of its share), {size(report.bytes)} to and from HBM, "
         f"{size(report.collective_bytes)} received",
         *(
             f"  {kind:<18}{found['count']:.0f} runs, {size(found['bytes'])}"

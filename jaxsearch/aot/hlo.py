@@ -132,13 +132,14 @@ def _trips(instruction: _Instruction, computations: dict[str, _Computation]) -> 
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes)
     if known:
         return int(known[1])
-    # A scan counts from 0 up to the constant that its condition compares with.
+    # A scan counts from 0 up to the constant that its condition compares with; so do the loops (over u32) in which the compiler
+    # multiplies one part of a gathered matrix while the next one is on its way.
     numbers: list[int] = []
     waiting = _attribute(instruction, "condition")
     while waiting:
         for part in computations[waiting.pop()].instructions.values():
             waiting += _attribute(part, "calls")
-            if part.opcode == "constant" and part.type.startswith("s32[]"):
+            if part.opcode == "constant" and part.type.startswith(("s32[]", "u32[]")):
                 numbers.append(int(part.literal))
     return max(numbers, default=1)
 
