@@ -141,7 +141,24 @@ def _trips(instruction: _Instruction, computations: dict[str, _Computation]) -> 
             waiting += _attribute(part, "calls")
             if part.opcode == "constant" and part.type.startswith(("s32[]", "u32[]")):
                 numbers.append(int(part.literal))
-    return max(numbers, default=1)
+    return math.ceil(max(numbers, default=1) / _step(instruction, computations))
+
+
+def _step(loop: _Instruction, computations: dict[str, _Computation]) -> int:
+    """What a loop's counter grows by in one run of its body."""
+    (condition,), (body,) = (_attribute(loop, name) for name in ("condition", "body"))
+    inside, outside = computations[body].instructions, computations[condition].instructions
+    roots = [part for part in outside.values() if part.root and part.opcode == "compare"]
+    counter = outside.get(roots[0].operands[0]) if roots else None
+    place = re.search(r"index=(\d+)", counter.attributes) if counter else None
+    if place is None:
+        return 1
+    result = next(part for part in inside.values() if part.root)
+    grown = inside.get(result.operands[int(place[1])])
+    if grown is None or grown.opcode != "add":
+        return 1
+    steps = [inside[name].literal for name in grown.operands if inside[name].opcode == "constant"]
+    return max(1, int(steps[0])) if steps else 1
 
 
 def _group_size(instruction: _Instruction) -> int:

@@ -25,6 +25,8 @@ from jaxsearch.models.attention import Attention
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BATCH_AXES = ("data", "fsdp")
 """Mesh axes that the first axis of activations is split over."""
+TENSOR_LETTERS = "NFV"
+"""Axes of matrices that the mesh axis `tensor` splits: heads, MLP width and vocabulary."""
 # Inside a scan nothing can be merged across iterations, so the costly barriers of prevent_cse are not needed.
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -155,9 +157,21 @@ def _letters(equation: str, x: Array) -> tuple[str, str, str]:
     return inputs.replace("T", leading), weights, outputs.replace("T", leading)
 
 
+def _gathered(w: Array, letters: str, dtype: Any) -> Array:
+    """A matrix in the compute dtype, whole along the model width: on a mesh it is the matrix that is gathered, never the activations."""
+    w, size = w.astype(dtype), dict(jax.sharding.get_abstract_mesh().shape).get("tensor")
+    if size is None:
+        return w
+    split = [
+        "tensor" if letter in TENSOR_LETTERS and n % size == 0 else None
+        for letter, n in zip(letters, w.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(w, PartitionSpec(*split))
+
+
 def _project(equation: str, x: Array, w: Array) -> Array:
     inputs, weights, outputs = _letters(equation, x)
-    return jnp.einsum(f"{inputs},{weights}->{outputs}", x, w.astype(x.dtype))
+    return jnp.einsum(f"{inputs},{weights}->{outputs}", x, _gathered(w, weights, x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -176,7 +190,7 @@ def _project_forward(equation: str, x: Array, w: Array) -> tuple[Array, tuple[Ar
 def _project_backward(equation: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
     inputs, weights, outputs = _letters(equation, x)
-    dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, w.astype(x.dtype))
+    dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, _gathered(w, weights, x.dtype))
     # x stands first: XLA on a CPU transposes the first operand, and JAX's own rule puts the cotangent there,
     # which fused the transposition into the elementwise work before it (25% of a training step).
     dw = jnp.einsum(f"{inputs},{outputs}->{weights}", x, g, preferred_element_type=jnp.float32)
@@ -359,7 +373,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """Next-token logits, fp32 [..., V] (hidden [..., D])."""
         dtype = self.config.dtype
-        rows = self._output().astype(dtype)
+        rows = _gathered(self._output(), "VD", dtype)
         return jnp.einsum("...D,VD->...V", hidden.astype(dtype), rows, preferred_element_type=jnp.float32)
 
     def label_rows(self, ids: Sequence[int] | Array) -> Array:
