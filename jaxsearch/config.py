@@ -46,6 +46,16 @@ class TaskConfig:
         """
         raise NotImplementedError(f"{type(self).__name__} has no build()")
 
+    def build_abstract(self) -> "Task":
+        """Return the task without data and weights: enough to compile its step (`init`, `trainable`, `loss`, `batch_shape`).
+
+        Raises:
+            ConfigError: this kind of task needs its data.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} cannot be compiled without its data: it has no build_abstract()"
+        )
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -15,7 +15,7 @@ from jaxsearch.data.records import Document, Query
 from jaxsearch.serving.main import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "tpu_setup/README.md", "docs/results.md")
+PAGES = ("README.md", "tpu_setup/README.md", "docs/results.md", "docs/tpu.md")
 
 
 def blocks(text: str, kind: str) -> list[str]:

@@ -129,6 +129,7 @@ FEATURES = {
 network distance) is left out of its prompts. Rates come smoothed from the data."""
 FEATURE_NAMES = ("style", "full", "short", "code")
 BOOLEANS = ("words", "digits")
+_LONGEST_VALUE = "99.99"
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,17 @@ class DocumentTokens(NamedTuple):
 
     ids: list[int]
     truncated: int
+
+
+class Longest(NamedTuple):
+    """Most tokens that the parts of a prompt can have."""
+
+    prefix: int
+    """For the document tower, which has none, of no meaning."""
+    document: int
+    """Without pair and suffix; for the document tower with its tail."""
+    item: int
+    """Document, pair and suffix."""
 
 
 class PromptRoom:
@@ -339,6 +351,17 @@ class PromptRoom:
         if isinstance(value, (bool, np.bool_)):
             return str(bool(value)) if self.config.booleans == "words" else str(int(value))
         return str(value) if isinstance(value, int) else f"{value:.{self.config.decimals}f}"
+
+    def longest(self) -> Longest:
+        """Most tokens that prefix, document and item can have, by the limits of the template."""
+        verticals = () if self.config.kind == "document" else tuple(_THING)
+        openings = [len(self._opening(vertical)) for vertical in verticals] or [0]
+        document = self.config.max_document_tokens + len(self.suffix) * (self.config.kind == "document")
+        values = [f"\n{FEATURES[name].full.capitalize()}: {_LONGEST_VALUE}" for name in self.config.features]
+        pair = sum(map(len, self.pairs(values)))
+        return Longest(
+            max(openings) + self.config.max_query_tokens + 1, document, document + pair + len(self.suffix)
+        )
 
     def pairs(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of pair parts. Few different texts occur, so that their ids are kept."""

@@ -17,11 +17,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Attention
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+BATCH_AXES = ("data", "fsdp")
+"""Mesh axes that the first axis of activations is split over."""
+TENSOR_LETTERS = "NFV"
+"""Axes of matrices that the mesh axis `tensor` splits: heads, MLP width and vocabulary."""
 # Inside a scan nothing can be merged across iterations, so the costly barriers of prevent_cse are not needed.
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -152,13 +157,28 @@ def _letters(equation: str, x: Array) -> tuple[str, str, str]:
     return inputs.replace("T", leading), weights, outputs.replace("T", leading)
 
 
+def _gathered(w: Array, letters: str, dtype: Any) -> Array:
+    """A matrix in the compute dtype, whole along the model width: on a mesh it is the matrix that is gathered, never the activations."""
+    w, size = w.astype(dtype), dict(jax.sharding.get_abstract_mesh().shape).get("tensor")
+    if size is None:
+        return w
+    split = [
+        "tensor" if letter in TENSOR_LETTERS and n % size == 0 else None
+        for letter, n in zip(letters, w.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(w, PartitionSpec(*split))
+
+
 def _project(equation: str, x: Array, w: Any) -> Array:
     inputs, weights, outputs = _letters(equation, x)
     if not hasattr(w, "qvalue"):
-        return jnp.einsum(f"{inputs},{weights}->{outputs}", x, w.astype(x.dtype))
+        return jnp.einsum(f"{inputs},{weights}->{outputs}", x, _gathered(w, weights, x.dtype))
     # int8 weights with a scale per output channel (`jaxsearch.models.int8`): scaled once, after the sum.
     summed = jnp.einsum(
-        f"{inputs},{weights}->{outputs}", x, w.qvalue.astype(x.dtype), preferred_element_type=jnp.float32
+        f"{inputs},{weights}->{outputs}",
+        x,
+        _gathered(w.qvalue, weights, x.dtype),
+        preferred_element_type=jnp.float32,
     )
     scale = w.scale.reshape(
         [size for size, letter in zip(w.scale.shape, weights, strict=True) if letter in outputs]
@@ -182,7 +202,7 @@ def _project_forward(equation: str, x: Array, w: Array) -> tuple[Array, tuple[Ar
 def _project_backward(equation: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
     inputs, weights, outputs = _letters(equation, x)
-    dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, w.astype(x.dtype))
+    dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, _gathered(w, weights, x.dtype))
     # x stands first: XLA on a CPU transposes the first operand, and JAX's own rule puts the cotangent there,
     # which fused the transposition into the elementwise work before it (25% of a training step).
     dw = jnp.einsum(f"{inputs},{outputs}->{weights}", x, g, preferred_element_type=jnp.float32)
@@ -211,6 +231,19 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def split_batch(x: Array) -> Array:
+    """The same activations [B, ...], held to be split over their first axis by the mesh axes `data` and `fsdp`.
+
+    Left to itself the compiler takes over the split of the embedding's width, and then sums activations across devices in every layer,
+    where gathering the parameters moves far less. Outside of a mesh, or where the devices do not divide B, nothing changes.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    axes = tuple(axis for axis in BATCH_AXES if axis in sizes)
+    if not axes or x.shape[0] % math.prod(sizes[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[None] * (x.ndim - 1)))
 
 
 def block(
@@ -304,7 +337,8 @@ class Decoder(nnx.Module):
 
         An id beyond the vocabulary gives NaN, so that it cannot pass unseen.
         """
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(self.config.dtype)
+        rows = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(self.config.dtype)
+        return split_batch(rows)
 
     @overload
     def __call__(
@@ -365,8 +399,8 @@ class Decoder(nnx.Module):
         angles = rotary_angles(positions, c.head_dim, c.rope_theta)
 
         def step(x: Array, layer: tuple[dict[str, Array], Any]) -> tuple[Array, tuple[Any, Array | None]]:
-            y, new_state = block(x, layer[0], angles, attention, layer[1], c)
-            return y, (new_state, x if return_layers else None)
+            y, new_state = block(split_batch(x), layer[0], angles, attention, layer[1], c)
+            return split_batch(y), (new_state, x if return_layers else None)
 
         weights = self.layers.arrays()
         loop = _unrolled if isinstance(weights["q"], tuple) else jax.lax.scan
@@ -381,7 +415,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """Next-token logits, fp32 [..., V] (hidden [..., D])."""
         dtype = self.config.dtype
-        rows = self._output().astype(dtype)
+        rows = _gathered(self._output(), "VD", dtype)
         return jnp.einsum("...D,VD->...V", hidden.astype(dtype), rows, preferred_element_type=jnp.float32)
 
     def label_rows(self, ids: Sequence[int] | Array) -> Array:

@@ -12,7 +12,7 @@ Axes: B queries, R rows per query, T tokens per row, L items per query, E embedd
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,14 @@ class PackedItems(NamedTuple):
 def count_embeddings(items: Iterable[Item]) -> list[int]:
     """How many embeddings each item has."""
     return [len(item.embeddings) if isinstance(item, EmbeddedItem) else 0 for item in items]
+
+
+def packed_shape(queries: int, rows: int, row_length: int, slots: int) -> PackedItems:
+    """`jax.ShapeDtypeStruct`s of packed items [B, R, T] with room for L items."""
+    tokens: Any = jax.ShapeDtypeStruct((queries, rows, row_length), np.int32)
+    last: Any = jax.ShapeDtypeStruct((queries, slots, 2), np.int32)
+    where: Any = jax.ShapeDtypeStruct((queries, slots), np.bool_)
+    return PackedItems(tokens, tokens, tokens, last, where)
 
 
 def assign_rows(

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,12 @@ def pad_prefixes(
         tokens[query, : len(prefix)] = prefix
         where[query, : len(prefix)] = True
     return Prefix(tokens, where)
+
+
+def prefix_shape(queries: int, length: int) -> Prefix:
+    """`jax.ShapeDtypeStruct`s of prefixes [B, P]."""
+    shapes: list[Any] = [jax.ShapeDtypeStruct((queries, length), dtype) for dtype in (np.int32, np.bool_)]
+    return Prefix(*shapes)
 
 
 def answer_hidden(

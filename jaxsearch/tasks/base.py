@@ -15,7 +15,7 @@ from jaxsearch.data.datasets import Dataset, load_dataset
 from jaxsearch.data.network import CONNECTIONS
 from jaxsearch.data.prompts import FEATURES, PromptConfig, PromptRoom
 from jaxsearch.data.records import Query
-from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.data.tokenizer import CountingTokenizer, Tokenizer
 from jaxsearch.metrics import mrr, ndcg, poor_match_rate_at_k
 from jaxsearch.models import contract as contracts
 from jaxsearch.models.decoder import Decoder, DecoderConfig
@@ -107,6 +107,29 @@ def load_start(config: ModelConfig, data: Dataset) -> Start:
         decoder = first_layers(decoder, config.layers)
     architecture = dataclasses.replace(decoder.config, **changes)
     return Start(found, architecture, decoder)
+
+
+def abstract_start(config: ModelConfig) -> Start:
+    """Sizes as the config says, without weights or data; where no tokenizer is named, one that only counts.
+
+    Raises:
+      ConfigError: the sizes would have to be read from a checkpoint.
+    """
+    if config.init_from:
+        raise ConfigError(
+            f"model.init_from is {config.init_from!r}: without weights the sizes come from model.preset; leave init_from out"
+        )
+    sizes = preset(config.preset)
+    rows = sizes.vocab_size if _least(config) else config.vocab_size
+    found = Tokenizer.load(config.tokenizer) if config.tokenizer else CountingTokenizer(rows)
+    sizes = dataclasses.replace(
+        sizes,
+        vocab_size=max(found.vocab_size, _least(config)),
+        layers=config.layers or sizes.layers,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat or sizes.remat,
+    )
+    return Start(found, sizes, None)
 
 
 def _least(config: ModelConfig) -> int:

@@ -8,7 +8,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -20,12 +20,13 @@ from jaxsearch.data.prompts import PromptConfig, PromptRoom
 from jaxsearch.data.score_store import StoreMeta, read_scores
 from jaxsearch.models.contract import Contract, Golden, save_model
 from jaxsearch.models.scorer import Scorer
-from jaxsearch.scoring.packing import pack_items
-from jaxsearch.scoring.prefill import Prefix, pad_prefixes, score
+from jaxsearch.scoring.packing import pack_items, packed_shape
+from jaxsearch.scoring.prefill import Prefix, pad_prefixes, prefix_shape, score
 from jaxsearch.scoring.records import JUDGE_LABELS, RANKER_LABELS, RecordScorer
 from jaxsearch.tasks.base import (
     DataConfig,
     ModelConfig,
+    abstract_start,
     check_prompt,
     evaluation_lists,
     load_start,
@@ -80,7 +81,8 @@ class PairTokens:
         self._queries = data.queries["train"]
         self.prefixes = room.prefixes(self._queries)
         self._documents = [part.ids for part in room.documents(data.documents)]
-        self._prefix_length = max(map(len, self.prefixes))
+        self.prefix_length = max(map(len, self.prefixes))
+        """P: room for the longest prefix."""
         texts = {""}
         for example in examples if room.config.features else ():
             texts.update(self._pair_texts(example, np.arange(len(example.documents))))
@@ -109,13 +111,17 @@ class PairTokens:
 
     def prefix(self, queries: Sequence[int]) -> Prefix:
         """The prefixes of these training queries, all of one length."""
-        return pad_prefixes([self.prefixes[query] for query in queries], length=self._prefix_length)
+        return pad_prefixes([self.prefixes[query] for query in queries], length=self.prefix_length)
 
 
 class CrossEncoderTask(Task):
     """Base of the tasks; a subclass says what the examples and the loss are."""
 
     kind = "ranker"
+    _prefix_length: int
+    """P of a batch."""
+    _row_length: int
+    """T of a batch."""
 
     def __init__(
         self, config: CrossEncoderConfig, train: TrainConfig, data: Dataset, actions: Sequence[str] = ()
@@ -123,21 +129,62 @@ class CrossEncoderTask(Task):
         if config.candidates < 1:
             raise ConfigError(f"task.candidates is {config.candidates}: use at least 1")
         self.config, self.data, self.actions = config, data, tuple(actions)
+        self.kind = self.kind_for(config)
         self.start = load_start(config.model, data)
         self.room = check_prompt("prompt", config.prompt, self.kind, self.start.tokenizer)
-        names = JUDGE_LABELS if self.kind == "judge" else RANKER_LABELS
-        self.labels = {name: self.start.tokenizer.label(name) for name in names}
+        self.labels = self._label_ids()
         self.examples = self.make_examples()
         if not self.examples:
             raise ConfigError(f"data {config.data.name} has no training examples for {type(self).__name__}")
         self.pairs = PairTokens(self.room, data, self.examples)
         self._answer_length = max((len(a) for e in self.examples for a in e.answers or ()), default=0)
+        self._prefix_length = self.pairs.prefix_length
         self._row_length = self.pairs.item_length + self._answer_length
         self._scorer: RecordScorer | None = None
 
     @abc.abstractmethod
     def make_examples(self) -> list[Example]:
         """The training examples."""
+
+    @classmethod
+    def kind_for(cls, config: CrossEncoderConfig) -> str:
+        """The model's kind, "judge" or "ranker"."""
+        return cls.kind
+
+    def _label_ids(self) -> dict[str, int]:
+        names = JUDGE_LABELS if self.kind == "judge" else RANKER_LABELS
+        return {name: self.start.tokenizer.label(name) for name in names}
+
+    @classmethod
+    def abstract(cls, config: CrossEncoderConfig, actions: Sequence[str] = ()) -> Self:
+        """The task without examples (`TaskConfig.build_abstract`)."""
+        task = cls.__new__(cls)
+        task.config, task.actions, task.kind = config, tuple(actions), cls.kind_for(config)
+        task.start = abstract_start(config.model)
+        task.room = check_prompt("prompt", config.prompt, task.kind, task.start.tokenizer)
+        task.labels = task._label_ids()
+        longest = task.room.longest()
+        task._prefix_length = longest.prefix
+        task._answer_length = 0 if config.prompt.answer == "grade" else config.prompt.max_answer_tokens
+        task._row_length = longest.item + task._answer_length
+        return task
+
+    def batch_shape(self, size: int) -> Batch:
+        """What `batch` gives; a subclass adds its targets by `target_shapes`."""
+        slots = self.config.candidates
+        targets: dict[str, tuple[tuple[int, ...], Any]] = {
+            name: ((size, slots, *shape), np.float32) for name, shape in self.target_shapes().items()
+        }
+        if self._answer_length:
+            targets["answers"] = ((size, slots, self._answer_length), np.int32)
+        return {
+            "prefix": prefix_shape(size, self._prefix_length),
+            "items": packed_shape(size, slots, self._row_length, slots),
+        } | {name: jax.ShapeDtypeStruct(*target) for name, target in targets.items()}
+
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Target name -> its shape for one candidate."""
+        raise NotImplementedError(f"{type(self).__name__} has no target_shapes()")
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
         """A `Scorer` that starts as the config says."""
@@ -160,6 +207,11 @@ class CrossEncoderTask(Task):
         """Query ids."""
         queries = self.data.queries["train"]
         return [queries[self.examples[i].query].id for i in indices]
+
+    @property
+    def data_version(self) -> str:
+        """Fingerprint of the data set."""
+        return self.data.fingerprint
 
     def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
         """prefix, items (one per row), targets [B, L, ...] and answers of these queries; candidates are drawn anew each time."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.data.prompts import FEATURES, PromptConfig
-from jaxsearch.data.records import Impression, Query
+from jaxsearch.data.records import ACTIONS, Impression, Query
 from jaxsearch.losses import action_loss
 from jaxsearch.metrics import auroc
 from jaxsearch.models.scorer import Scorer
@@ -55,6 +55,10 @@ class EngagementTeacherConfig(CrossEncoderConfig):
             )
         return EngagementTeacherTask(self, config, data, data.actions)
 
+    def build_abstract(self) -> "EngagementTeacherTask":
+        """The task without data, with the actions of jobs."""
+        return EngagementTeacherTask.abstract(self, ACTIONS["jobs"])
+
 
 def action_values(page: list[Impression], actions: tuple[str, ...]) -> np.ndarray:
     """fp32 [L, A]: 1 done, 0 not done, NaN not eligible."""
@@ -98,6 +102,10 @@ class EngagementTeacherTask(CrossEncoderTask):
             example._replace(targets={"actions": actions})
             for example, actions in zip(examples, masked, strict=True)
         ]
+
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """One value for each action."""
+        return {"actions": (len(self.actions),)}
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """Sum over actions, mean over impressions."""

@@ -65,6 +65,10 @@ class JudgeConfig(CrossEncoderConfig):
         """The task on its data."""
         return JudgeTask(self, config, open_data(self.data))
 
+    def build_abstract(self) -> "JudgeTask":
+        """The task without data."""
+        return JudgeTask.abstract(self)
+
 
 class JudgeTask(CrossEncoderTask):
     """KL over the five grade tokens at the answer position, and cross entropy over the answer's text where there is a rationale."""
@@ -106,6 +110,10 @@ class JudgeTask(CrossEncoderTask):
         # Nobody wrote why: the grade alone is learned.
         answers: list[list[int]] | None = [[]] * len(rows) if self.config.prompt.answer != "grade" else None
         return Example(pairs.query, rows, {"grade": target}, answers=answers)
+
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """A probability for each grade."""
+        return {"grade": (len(JUDGE_LABELS),)}
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """KL from the grade, a mean over pairs; with rationales also their cross entropy, a mean over tokens."""

@@ -95,6 +95,11 @@ class LanguageModelTask(Task):
         """Query ids."""
         return [self.data.queries["train"][self.examples[i].query].id for i in indices]
 
+    @property
+    def data_version(self) -> str:
+        """Fingerprint of the data set."""
+        return self.data.fingerprint
+
     def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
         """Token sequences [B * documents, T]: each query before some of its good documents (drawn again where there are few)."""
         sequences = []

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,16 @@ from flax import nnx
 from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import FEATURES, PromptConfig
+from jaxsearch.data.records import ACTIONS
 from jaxsearch.losses import action_loss, binary_kl, listwise_kl
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.records import action_log_odds, relevance_log_odds
-from jaxsearch.tasks.base import open_data
+from jaxsearch.tasks.base import ModelConfig, abstract_start, open_data
 from jaxsearch.tasks.cross_encoder import CrossEncoderConfig, CrossEncoderTask, Example
 from jaxsearch.tasks.engagement_teacher import action_values, engagement_auroc, mask_rare
 from jaxsearch.tasks.teachers import (
     SOURCES,
+    AbstractTeacher,
     AheadTeacher,
     Distillation,
     LiveTeacher,
@@ -117,6 +119,16 @@ class RankerConfig(CrossEncoderConfig):
             )
         return RankerTask(self, config, data, actions)
 
+    def build_abstract(self) -> "RankerTask":
+        """The task without data and weights. Teachers are taken to be there: stored ones by any name, those that run in the step by
+        their preset ("qwen3_1_7b"), with the student's prompt. With engagement teachers it has the actions of jobs.
+        """
+        if self.teachers == "async":
+            raise ConfigError(
+                "task.teachers is 'async': the teachers are programs of their own; compile with 'stored' for the student's step"
+            )
+        return RankerTask.abstract(self, ACTIONS["jobs"] if self.engagement_teachers else ())
+
 
 class RankerTask(CrossEncoderTask):
     """alpha (KL + listwise KL) to the relevance teachers + (1 - alpha) masked KL to the engagement teachers."""
@@ -148,6 +160,28 @@ class RankerTask(CrossEncoderTask):
             self._ahead = [
                 AheadTeacher(teacher, devices[i % len(devices)]) for i, teacher in enumerate(self._live)
             ]
+
+    @classmethod
+    def abstract(cls, config: CrossEncoderConfig, actions: Sequence[str] = ()) -> Self:
+        """The task without examples; teachers that run in its step are as large as the presets that are named."""
+        task = super().abstract(config, actions)
+        names = [("relevance", name) for name in task.config.relevance_teachers]
+        names += [("engagement", name) for name in task.config.engagement_teachers]
+        task._ahead, task._stores, task._live = [], [], []
+        if task.config.teachers == "online":
+            sizes = (task._prefix_length, task._row_length)
+            task._live = [
+                AbstractTeacher(
+                    abstract_start(task.teacher_model(name)), task.labels, objective, actions, sizes
+                )
+                for objective, name in names
+            ]
+        return task
+
+    def teacher_model(self, name: str) -> ModelConfig:
+        """A teacher of this preset, computed as the student is."""
+        model = self.config.model
+        return ModelConfig(name, compute_dtype=model.compute_dtype, vocab_size=model.vocab_size)
 
     # --- examples ------------------------------------------------------------------------------------------------
 
@@ -217,6 +251,22 @@ class RankerTask(CrossEncoderTask):
             return {**batch, **scored}
         return {**batch, "teachers": [teacher.inputs(examples, chosen, slots) for teacher in self._live]}
 
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Log-odds of each stored or async teacher, and what searchers did."""
+        count = len(self.config.relevance_teachers) + len(self.config.engagement_teachers)
+        online = self.config.teachers == "online"
+        shapes: dict[str, tuple[int, ...]] = {
+            self._target(i): (self._width(i),) for i in range(0 if online else count)
+        }
+        truth = self.actions and self.config.truth_weight
+        return {**shapes, "actions": (len(self.actions),)} if truth else shapes
+
+    def batch_shape(self, size: int) -> Batch:
+        """As for every cross-encoder, with the inputs of teachers that run in the step."""
+        slots = self.config.candidates
+        inputs = [t.input_shapes(size, slots) for t in self._live if isinstance(t, AbstractTeacher)]
+        return {**super().batch_shape(size), **({"teachers": inputs} if inputs else {})}
+
     # --- the step ------------------------------------------------------------------------------------------------
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -225,7 +275,7 @@ class RankerTask(CrossEncoderTask):
         if self.config.teachers != "online":
             return student
         assert isinstance(student, Scorer)
-        return Distillation(student, [teacher.module for teacher in self._live])
+        return Distillation(student, [teacher.make_module() for teacher in self._live])
 
     def trainable(self) -> Any:
         """The student's parameters."""

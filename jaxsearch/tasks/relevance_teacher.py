@@ -8,7 +8,6 @@ import numpy as np
 from jax.scipy.special import logit
 
 from jaxsearch.config import ConfigError, TrainConfig
-from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.losses import binary_kl, listwise_kl, pairwise_logistic, soft_label_kl, softmax_listwise
 from jaxsearch.models.scorer import Scorer
@@ -55,15 +54,21 @@ class RelevanceTeacherConfig(CrossEncoderConfig):
         """The task on its data."""
         return RelevanceTeacherTask(self, config, open_data(self.data))
 
+    def build_abstract(self) -> "RelevanceTeacherTask":
+        """The task without data."""
+        return RelevanceTeacherTask.abstract(self)
+
 
 class RelevanceTeacherTask(CrossEncoderTask):
     """KL to p(Yes), or cross entropy over five classes, plus a ranking term."""
 
     config: RelevanceTeacherConfig
 
-    def __init__(self, config: RelevanceTeacherConfig, train: TrainConfig, data: Dataset):
-        self.kind = "judge" if config.label_form == "ordinal" else "ranker"
-        super().__init__(config, train, data)
+    @classmethod
+    def kind_for(cls, config: CrossEncoderConfig) -> str:
+        """Five classes are a judge's."""
+        assert isinstance(config, RelevanceTeacherConfig)
+        return "judge" if config.label_form == "ordinal" else "ranker"
 
     def make_examples(self) -> list[Example]:
         """Labelled candidates of every training query."""
@@ -92,6 +97,10 @@ class RelevanceTeacherTask(CrossEncoderTask):
         if self.config.label_form in ("grade", "ordinal"):
             return logits.argmax(axis=-1).astype(np.float32) / 4
         return np.minimum(grade_probabilities(logits)[:, 3:].sum(axis=-1), 1)  # the sum rounds up at times
+
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """A probability."""
+        return {"target": ()}
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """The pointwise term over pairs and the ranking term over lists, each a mean of its own."""

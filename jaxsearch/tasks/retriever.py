@@ -17,12 +17,13 @@ from jaxsearch.losses import info_nce, pairwise_margin
 from jaxsearch.models.contract import Contract, Golden, save_model
 from jaxsearch.models.scorer import BiEncoder
 from jaxsearch.retrieval.exhaustive import ExhaustiveIndex
-from jaxsearch.scoring.prefill import Prefix, pad_prefixes
+from jaxsearch.scoring.prefill import Prefix, pad_prefixes, prefix_shape
 from jaxsearch.scoring.records import JUDGE_LABELS, Embedder, expected_grade
 from jaxsearch.tasks.base import (
     EVALUATION_DEPTH,
     DataConfig,
     ModelConfig,
+    abstract_start,
     check_prompt,
     load_start,
     open_data,
@@ -77,6 +78,10 @@ class RetrieverConfig(TaskConfig):
         """The task on its data."""
         return RetrieverTask(self, open_data(self.data))
 
+    def build_abstract(self) -> "RetrieverTask":
+        """The task without data."""
+        return RetrieverTask.abstract(self)
+
 
 class RetrieverTask(Task):
     """In-batch negatives from the whole batch, margins within a query's own candidates."""
@@ -94,6 +99,30 @@ class RetrieverTask(Task):
         self._query_length = max(map(len, self._query_tokens))
         self._document_length = max(map(len, self._document_tokens))
         self.examples = self._examples()
+
+    @classmethod
+    def abstract(cls, config: RetrieverConfig) -> "RetrieverTask":
+        """The task without examples (`TaskConfig.build_abstract`)."""
+        task = cls.__new__(cls)
+        task.config, task.start = config, abstract_start(config.model)
+        tokenizer = task.start.tokenizer
+        rooms = {
+            kind: check_prompt(f"{kind}_prompt", prompt, kind, tokenizer)
+            for kind, prompt in (("query", config.query_prompt), ("document", config.document_prompt))
+        }
+        task._query_length = rooms["query"].longest().prefix
+        task._document_length = rooms["document"].longest().document
+        return task
+
+    def batch_shape(self, size: int) -> Batch:
+        """What `batch` gives."""
+        slots = self.config.positives + self.config.negatives
+        return {
+            "queries": prefix_shape(size, self._query_length),
+            "documents": prefix_shape(size * slots, self._document_length),
+            "rows": jax.ShapeDtypeStruct((size, slots), np.int64),
+            "labels": jax.ShapeDtypeStruct((size, slots), np.float32),
+        }
 
     def _examples(self) -> list[Pairs]:
         """Queries with a positive; `Pairs.grades` holds the labels in use (a judge's are not whole numbers)."""
@@ -130,6 +159,11 @@ class RetrieverTask(Task):
     def example_ids(self, indices: np.ndarray) -> list[str]:
         """Query ids."""
         return [self._queries[self.examples[i].query].id for i in indices]
+
+    @property
+    def data_version(self) -> str:
+        """Fingerprint of the data set."""
+        return self.data.fingerprint
 
     def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
         """Queries [B, Tq]; documents [B * n, Td] with their labels, query by query; which of them a query knows the label of."""

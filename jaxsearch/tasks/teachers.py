@@ -21,8 +21,8 @@ from jaxsearch.data.prompts import PromptRoom
 from jaxsearch.data.score_store import read_scores
 from jaxsearch.models.contract import load_model
 from jaxsearch.models.scorer import Scorer
-from jaxsearch.scoring.packing import PackedItems, pack_items
-from jaxsearch.scoring.prefill import Prefix, score
+from jaxsearch.scoring.packing import PackedItems, pack_items, packed_shape
+from jaxsearch.scoring.prefill import Prefix, prefix_shape, score
 from jaxsearch.scoring.records import (
     JUDGE_LABELS,
     RANKER_LABELS,
@@ -30,6 +30,7 @@ from jaxsearch.scoring.records import (
     graded_log_odds,
     relevance_log_odds,
 )
+from jaxsearch.tasks.base import Start
 from jaxsearch.tasks.cross_encoder import Example, PairTokens
 
 SOURCES = ("stored", "online", "async")
@@ -111,6 +112,10 @@ class LiveTeacher:
             self._places = _action_places(folder, contract.kind, columns, actions)
         self._room, self._data = PromptRoom(model.tokenizer, contract.prompts["pair"]), data
 
+    def make_module(self) -> Scorer:
+        """The teacher, for a step of which it is a part."""
+        return self.module
+
     def prepare(self, examples: Sequence[Example]) -> None:
         """Tokenise all that may be asked for; every call has the same shape from now on."""
         self._tokens = PairTokens(self._room, self._data, examples)
@@ -135,6 +140,41 @@ class LiveTeacher:
             known = logits[..., np.maximum(places, 0)]
             found = jnp.where(jnp.asarray(places >= 0)[None, None], known, jnp.nan)
         return jnp.where(jnp.asarray(items.where)[..., None], found, jnp.nan)
+
+
+class AbstractTeacher(LiveTeacher):
+    """A teacher by its sizes alone, so that a step can be compiled with it (`TaskConfig.build_abstract`).
+
+    Args:
+      start: architecture and tokenizer.
+      labels: of the student, and of the teacher.
+      objective: "relevance" or "engagement".
+      actions: of the student, and of an engagement teacher.
+      lengths: P and T.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        labels: dict[str, int],
+        objective: str,
+        actions: Sequence[str],
+        lengths: tuple[int, int],
+    ):
+        self._objective, self._kind, self._lengths = objective, "ranker", lengths
+        heads = len(actions) if objective == "engagement" else 0
+        self._places = [len(labels) + i for i in range(heads)]
+        ids = list(labels.values())
+        self._make = lambda: Scorer(start.architecture, label_ids=ids, actions=heads, rngs=nnx.Rngs(0))
+
+    def make_module(self) -> Scorer:
+        """A fresh one, under `nnx.eval_shape`."""
+        return self._make()
+
+    def input_shapes(self, queries: int, slots: int) -> tuple[Prefix, PackedItems]:
+        """`jax.ShapeDtypeStruct`s of `inputs`."""
+        prefix, row = self._lengths
+        return prefix_shape(queries, prefix), packed_shape(queries, slots, row, slots)
 
 
 class AheadTeacher:

@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ from jax.sharding import Mesh
 from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.data.pipeline import Pipeline
 from jaxsearch.training.checkpoints import Checkpoints
+from jaxsearch.training.distributed import check_agreement, on_host
 from jaxsearch.training.optimizer import learning_rate, make_optimizer
 from jaxsearch.training.sharding import (
     make_mesh,
     optimizer_shardings,
     parameter_shardings,
+    put_abstract,
     put_batch,
     replicated,
 )
@@ -42,22 +43,25 @@ class Trainer:
         config: the training configuration.
         task: what to train.
         mesh: devices.
+        abstract: hold shapes alone, to compile for devices that are not there (`trace`).
 
     Attributes:
         mesh: devices.
         state: the current state; a step consumes it.
     """
 
-    def __init__(self, config: TrainConfig, task: Task, mesh: Mesh) -> None:
+    def __init__(self, config: TrainConfig, task: Task, mesh: Mesh, *, abstract: bool = False) -> None:
         self._config, self._task, self.mesh = config, task, mesh
+        self._put = put_abstract if abstract else jax.device_put
         with jax.default_device(_host()):
-            model = task.init(nnx.Rngs(config.seed))
+            rngs = nnx.Rngs(config.seed)
+            model = nnx.eval_shape(lambda: task.init(nnx.Rngs(config.seed))) if abstract else task.init(rngs)
         self._trainable = task.trainable()
         self._graphdef, params, frozen, rest = split_model(model, self._trainable)
         if not jax.tree.leaves(params):
             raise ValueError(f"{type(task).__name__}.trainable() selects no parameter")
         self._optimizer = make_optimizer(config, params)
-        self._frozen = jax.device_put(nnx.to_pure_dict(frozen), parameter_shardings(frozen, mesh))
+        self._frozen = self._put(nnx.to_pure_dict(frozen), parameter_shardings(frozen, mesh))
         self.state = self._first_state(params, nnx.to_pure_dict(rest))
         log.info(
             "%s: %s parameters train, %s are frozen; mesh %s",
@@ -66,27 +70,36 @@ class Trainer:
 
     def _first_state(self, params: nnx.State, rest: Any) -> TrainState:
         shardings = parameter_shardings(params, self.mesh)
-        placed = jax.device_put(nnx.to_pure_dict(params), shardings)
-        opt_shardings = optimizer_shardings(
-            jax.eval_shape(self._optimizer.init, placed), shardings, self.mesh
-        )
+        placed = self._put(nnx.to_pure_dict(params), shardings)
+        opt_shapes = jax.eval_shape(self._optimizer.init, placed)
+        opt_shardings = optimizer_shardings(opt_shapes, shardings, self.mesh)
         whole = replicated(self.mesh)
         return TrainState(
-            step=jax.device_put(np.int32(0), whole),
+            step=self._put(np.int32(0), whole),
             params=placed,
-            opt_state=jax.jit(self._optimizer.init, out_shardings=opt_shardings)(placed),
-            rest=jax.device_put(rest, whole),
-            grad_norm=jax.device_put(np.float32(0), whole),
+            opt_state=put_abstract(opt_shapes, opt_shardings)
+            if self._put is put_abstract
+            else jax.jit(self._optimizer.init, out_shardings=opt_shardings)(placed),
+            rest=self._whole(rest),
+            grad_norm=self._put(np.float32(0), whole),
             window={},
-            bad_step=jax.device_put(np.int32(0), whole),
+            bad_step=self._put(np.int32(0), whole),
         )
+
+    def _whole(self, rest: Any) -> Any:
+        """Variables that are not parameters, on every device; random keys cannot be put on other processes' devices as they are."""
+        whole = replicated(self.mesh)
+        if self._put is put_abstract or jax.process_count() == 1:
+            return self._put(rest, whole)
+        return jax.jit(lambda: rest, out_shardings=jax.tree.map(lambda _: whole, rest))()
 
     def _tools(self, frozen: Any) -> Tools:
         return Tools(self._graphdef, self._trainable, frozen, self._optimizer, self._config.accumulation)
 
     def _step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         key = jax.random.fold_in(jax.random.key(self._config.seed), state.step)
-        new, losses = self._task.step(state, batch, key, self._tools(frozen))
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for `models.decoder.split_batch`
+            new, losses = self._task.step(state, batch, key, self._tools(frozen))
         values = _values(losses, new.grad_norm)
         finite = jnp.isfinite(values["loss"][0]) & jnp.isfinite(new.grad_norm)
         bad = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
@@ -101,11 +114,19 @@ class Trainer:
         values = jax.eval_shape(self._step, self.state, self._frozen, batch)[1]
         self._zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), values)
         self.reset_window()
-        self._jitted: Callable[..., TrainState] = jax.jit(
+        self._jitted = jax.jit(
             self._windowed,
             donate_argnums=0,
             out_shardings=jax.tree.map(lambda x: x.sharding, self.state),
         )
+
+    def trace(self, batch: Batch) -> jax.stages.Traced:
+        """Return the step that `compile` prepared, to lower and compile it without running it."""
+        return self._jitted.trace(*self.arguments(batch))
+
+    def arguments(self, batch: Batch) -> tuple[TrainState, Any, Batch]:
+        """Return what the step is called with."""
+        return self.state, self._frozen, batch
 
     def step(self, batch: Batch) -> None:
         """Advance the state by one step; returns before the devices are done."""
@@ -113,7 +134,7 @@ class Trainer:
 
     def reset_window(self) -> None:
         """Forget the sums of metrics."""
-        zeros = jax.device_put(self._zeros, replicated(self.mesh))
+        zeros = self._put(self._zeros, replicated(self.mesh))
         self.state = dataclasses.replace(self.state, window=zeros)
 
     def window(self) -> dict[str, float]:
@@ -125,8 +146,14 @@ class Trainer:
         }
 
     def model(self) -> nnx.Module:
-        """Return the module with the current parameters; use it before the next step, which consumes them."""
-        return self._tools(self._frozen).model(self.state.params, self.state.rest)
+        """Return the module with the current parameters; use it before the next step, which consumes them.
+
+        In a job of several processes it is whole on each of them, in host memory; call it in all of them.
+        """
+        frozen, params, rest = self._frozen, self.state.params, self.state.rest
+        if jax.process_count() > 1:
+            frozen, params = on_host((frozen, params))
+        return self._tools(frozen).model(params, rest)
 
 
 def _host() -> jax.Device:
@@ -156,7 +183,12 @@ def _values(losses: Losses, grad_norm: jax.Array) -> dict[str, Mean]:
     return jax.tree.map(jnp.float32, pairs)
 
 
-def _check(config: TrainConfig, task: Task, mesh: Mesh) -> None:
+def check_layout(config: TrainConfig, task: Task, mesh: Mesh) -> None:
+    """Refuse an accumulation or a batch that task and mesh cannot divide.
+
+    Raises:
+        ConfigError: names the field.
+    """
     if config.accumulation > 1 and not task.accumulable:
         raise ConfigError(
             f"accumulation is {config.accumulation}, but {type(task).__name__} compares the examples of a "
@@ -181,12 +213,12 @@ def _stop_if_bad(trainer: Trainer, task: Task, pipeline: Pipeline) -> None:
         )
 
 
-def _export(task: Task, trainer: Trainer, workdir: Path, config: TrainConfig) -> None:
+def _export(task: Task, model: nnx.Module, workdir: Path, config: TrainConfig) -> None:
     """Put the model at `workdir/model`, whole or not at all."""
     folder, temporary = workdir / "model", workdir / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    task.export(trainer.model(), temporary, config)
+    task.export(model, temporary, config)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -216,7 +248,8 @@ def run(
     checkpoints = Checkpoints(workdir, config.checkpoint)
     checkpoints.check_config(config)
     task = config.task.build(config) if task is None else task
-    _check(config, task, mesh)
+    check_agreement(config, task.data_version)
+    check_layout(config, task, mesh)
     pipeline = Pipeline(
         task,
         batch_size=config.batch_size,
@@ -242,8 +275,9 @@ def run(
             return {}
         final = task.evaluate(trainer.model())
         writer.write("final", stop, final)
+        model = trainer.model()
         if first:
-            _export(task, trainer, workdir, config)
+            _export(task, model, workdir, config)
         return final
     finally:
         writer.close()

@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-h", "--help", action="store_true", help="show this help, or a configuration's fields"
     )
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, in a job of several processes")
+    parser.add_argument("--processes", help="how many there are; auto: as Cloud TPU, GKE or SLURM say")
+    parser.add_argument("--process-id", type=int, help="number of this one")
     known, overrides = parser.parse_known_args(argv)
     if known.config is None:
         parser.print_help(sys.stdout if known.help else sys.stderr)
@@ -32,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known.workdir is None:
             raise ConfigError("--workdir is missing: name a folder for the run")
         # Only here: JAX takes seconds to load, a mistyped option should not.
+        from jaxsearch.training.distributed import find_processes, start
         from jaxsearch.training.loop import run
 
+        start(find_processes(known.coordinator, known.processes, known.process_id))
         logger, handler = logging.getLogger("jaxsearch"), logging.StreamHandler()
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

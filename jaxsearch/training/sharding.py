@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,13 +31,17 @@ RULES: dict[str, str | None] = {
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh; it takes the first devices when the configuration asks for fewer than there are.
+
+    Args:
+        config: sizes of the axes.
+        devices: default: all there are, of every process.
 
     Raises:
         ConfigError: more devices asked for than there are, or -1 on an axis and a remainder.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     shape = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in shape if size != -1)
     if len(devices) < fixed or (-1 in shape and len(devices) % fixed):
@@ -130,6 +134,22 @@ def optimizer_shardings(opt_state: Any, params_shardings: Any, mesh: Mesh) -> An
         return next((s for s in found if s is not None and leaf.ndim), replicated(mesh))
 
     return jax.tree.map_with_path(place, opt_state)
+
+
+def put_abstract(tree: Any, shardings: Any) -> Any:
+    """Return what `jax.device_put` would, as `jax.ShapeDtypeStruct`s: for devices that are not there.
+
+    Args:
+        tree: arrays or `jax.ShapeDtypeStruct`s.
+        shardings: one for each of them, or one for all.
+    """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype, True), sharding=sharding)
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

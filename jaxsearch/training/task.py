@@ -38,6 +38,11 @@ class Task(abc.ABC):
     def num_examples(self) -> int:
         """Number of training examples."""
 
+    @property
+    def data_version(self) -> str:
+        """What tells one version of the data from another; processes compare it before the first step."""
+        return ""
+
     @abc.abstractmethod
     def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
         """Return the arrays of a batch; a pure function of its arguments, called in a background thread.
@@ -51,6 +56,13 @@ class Task(abc.ABC):
             rngs: one generator for each example, so that an example's randomness does not depend on its
                 neighbours.
         """
+
+    def batch_shape(self, size: int) -> Batch:
+        """Return `jax.ShapeDtypeStruct`s of a batch of `size` examples whose texts are as long as the configuration allows.
+
+        Needs neither data nor weights; `batch` gives the same arrays, none of them larger.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no batch_shape()")
 
     @abc.abstractmethod
     def loss(self, model: Any, batch: Batch, key: jax.Array) -> Losses:

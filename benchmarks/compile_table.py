@@ -1,0 +1,121 @@
+"""Which configuration fits on which TPU slice, and what bounds its step: compiled without a TPU, without data and without weights.
+
+    python -m venv .venv-tpu && .venv-tpu/bin/pip install -c constraints.txt -e '.[tpu]'
+    .venv-tpu/bin/python benchmarks/compile_table.py --jsonl benchmarks/results/compile.jsonl
+    .venv-tpu/bin/python benchmarks/compile_table.py --show benchmarks/results/compile.jsonl
+
+Two to ten minutes a row on one core; rows that the file holds already are left out. Each device (or group of tensor-parallel devices) takes
+one query with all its candidates at a time, by accumulation, except for the retriever, whose batch cannot be cut.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from record import append
+
+ROOT = Path(__file__).resolve().parent.parent
+TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v6e:4x4", "v5p:4x4x4")
+ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    # name: configuration, its batch size where it can be cut (else 0), further options
+    "ranker 0.6B": (
+        "configs/ranker.py:qwen3_0_6b",
+        128,
+        ("--task.relevance-teachers", "any", "--task.engagement-teachers", "any"),
+    ),
+    "ranker 0.6B, two 1.7B teachers online": (
+        "configs/ranker.py:qwen3_0_6b",
+        128,
+        (
+            "--task.teachers",
+            "online",
+            "--task.relevance-teachers",
+            "qwen3_1_7b",
+            "--task.engagement-teachers",
+            "qwen3_1_7b",
+        ),
+    ),
+    "retriever 0.6B": ("configs/retriever.py:qwen3_0_6b", 0, ()),
+    "judge 8B": ("configs/judge.py:qwen3_8b", 64, ()),
+    "judge 8B, tensor 4": ("configs/judge.py:qwen3_8b", 64, ("--mesh.tensor", "4")),
+}
+TENSOR = {"judge 8B, tensor 4": 4}
+"""Devices that share a query, where it is more than one."""
+
+
+def command(name: str, topology: str) -> list[str]:
+    """The compile check of one row."""
+    config, batch, options = ROWS[name]
+    devices = math.prod(map(int, topology.partition(":")[2].split("x")))
+    cut = ["--accumulation", str(max(1, batch * TENSOR.get(name, 1) // devices))] if batch else []
+    return ["tpu_setup/compile_check.py", "--topology", topology, "--config", config, *options, *cut]
+
+
+def measure(name: str, topology: str) -> dict[str, object] | None:
+    """One row, or None where the check itself failed."""
+    words = command(name, topology)
+    done = subprocess.run([sys.executable, *words, "--json"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        print(f"{name} on {topology}: {done.stderr.strip()[-500:]}", file=sys.stderr)
+        return None
+    report = json.loads(done.stdout.splitlines()[-1])
+    return {"name": name, **report, "command": f"python {' '.join(words)} --json"}
+
+
+def show(rows: list[dict]) -> str:
+    """A Markdown table; the last two columns are what is left of perfect scaling if communication hides behind nothing, or behind all."""
+    lines = [
+        "| | slice | fits | GiB per device | FLOP per step | GiB received per device | compute | memory | interconnect | efficiency |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        peak = f"{row['peak_bytes'] / 2**30:.1f} of {row['hbm_bytes'] / 2**30:.0f}"
+        times = row["bounds"]
+        if times is None:
+            rest = " | ".join("-" * 5)
+        else:
+            busy = max(times["compute"], times["memory"])
+            least = busy / (busy + times["interconnect"])
+            most = min(1, busy / times["step"])
+            rest = " | ".join(
+                [
+                    f"{row['collective_bytes'] / 2**30:.1f}",
+                    *(f"{times[kind] * 1e3:.0f} ms" for kind in ("compute", "memory", "interconnect")),
+                    f"{least:.0%} to {most:.0%}",
+                ]
+            )
+        fits = "yes" if row["fits"] else "**no**"
+        lines.append(f"| {row['name']} | {row['topology']} | {fits} | {peak} | {row['flops']:.3g} | {rest} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Fill the file row by row, or show it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
+    parser.add_argument("--jsonl", type=Path, help="file that rows are added to")
+    parser.add_argument("--show", type=Path, help="print a file as a table, measure nothing")
+    args = parser.parse_args()
+    if args.show:
+        print(show([json.loads(line) for line in args.show.read_text().splitlines()]))
+        return
+    known = set()
+    if args.jsonl and args.jsonl.exists():
+        rows = [json.loads(line) for line in args.jsonl.read_text().splitlines()]
+        known = {(row["name"], row["topology"]) for row in rows}
+    for name in args.rows:
+        for topology in args.topologies:
+            if (name, topology) in known or not (row := measure(name, topology)):
+                continue
+            print(show([row]).splitlines()[-1], flush=True)
+            append(args.jsonl, [row])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Many processes as one job: how they find each other, and the check that they run the same thing."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxsearch.config import ConfigError, TrainConfig, to_dict
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How `jax.distributed` is started; all empty: JAX asks the cluster (Cloud TPU, GKE, SLURM) itself."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    count: int | None = None
+    index: int | None = None
+
+
+def find_processes(
+    coordinator: str | None = None,
+    processes: str | None = None,
+    process_id: int | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Processes | None:
+    """Return how this process joins others; None where it is alone.
+
+    In this order: the arguments; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; then "auto" by JAXSEARCH_PROCESSES=auto, by
+    SLURM (a step of several tasks), or by a TPU slice of several hosts (GKE, JobSet).
+
+    Args:
+        coordinator: HOST:PORT of process 0.
+        processes: how many there are, or "auto".
+        process_id: number of this one.
+        environment: variables.
+
+    Raises:
+        ConfigError: one of the three without the others, or numbers that do not fit.
+    """
+    if processes == "auto" and coordinator is None and process_id is None:
+        return Processes()
+    flags = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+    if any(value is not None for value in flags.values()):
+        return _explicit(flags)
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if any(environment.get(name) for name in names):
+        return _explicit({name: environment.get(name) or None for name in names})
+    hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    several = (
+        environment.get("JAXSEARCH_PROCESSES") == "auto",
+        _number("SLURM_STEP_NUM_TASKS", environment.get("SLURM_STEP_NUM_TASKS") or "1") > 1,
+        len(hosts) > 1,
+        bool(environment.get("MEGASCALE_COORDINATOR_ADDRESS")),
+    )
+    return Processes() if any(several) else None
+
+
+def _explicit(values: Mapping[str, Any]) -> Processes:
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing: give {', '.join(values)} together, or none of them")
+    (_, coordinator), (count_name, count), (index_name, index) = values.items()
+    number, place = _number(count_name, count), _number(index_name, index)
+    if number < 1 or not 0 <= place < number:
+        raise ConfigError(f"{index_name} is {place}: give a number from 0 to {count_name} - 1 = {number - 1}")
+    return Processes(str(coordinator), number, place)
+
+
+def _number(name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"{name} is {value!r}: give a whole number") from None
+
+
+def start(processes: Processes | None) -> None:
+    """Join the others, before any other use of JAX; nothing for a process alone.
+
+    Raises:
+        ConfigError: they cannot be reached, or the cluster cannot be made out.
+    """
+    if processes is None:
+        return
+    try:
+        jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"cannot join the other processes ({str(error).splitlines()[0]}): start every one of them, with the same "
+            "--coordinator HOST:PORT and --processes and its own --process-id"
+        ) from error
+
+
+def code_version() -> str:
+    """Return a hash of this package's source files and JAX's version; needs no git on the machine."""
+    digest = hashlib.sha256(jax.__version__.encode())
+    for file in sorted(PACKAGE.rglob("*.py")):
+        digest.update(file.relative_to(PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_agreement(config: TrainConfig, data_version: str) -> None:
+    """Refuse to go on unless every process has the same configuration, data and code; call it in all of them.
+
+    Raises:
+        ConfigError: in every process; names what differs, with each process's value.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = {"config": to_dict(config), "data": data_version, "code": code_version()}
+    differences = find_differences([json.loads(text) for text in _gather(json.dumps(mine))])
+    if differences:
+        raise ConfigError(
+            f"the processes do not run the same thing: {'; '.join(differences)}. Install the same code, bring the same data and "
+            "give the same options everywhere"
+        )
+
+
+def find_differences(versions: list[dict[str, Any]]) -> list[str]:
+    """Return `field: value on process 0, value on process 1` for each field that is not the same everywhere (nested: dotted)."""
+    from jaxsearch.training.checkpoints import flatten
+
+    flat = [flatten(version) for version in versions]
+    found = []
+    for name in sorted({name for values in flat for name in values}):
+        by_value: dict[str, list[str]] = {}
+        for process, values in enumerate(flat):
+            by_value.setdefault(repr(values.get(name, "(absent)")), []).append(str(process))
+        if len(by_value) > 1:
+            parts = [f"{value} on process {', '.join(where)}" for value, where in by_value.items()]
+            found.append(f"{name}: {'; '.join(parts)}")
+    return found
+
+
+def _gather(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def on_host(tree: Any) -> Any:
+    """Return a pytree of global arrays as numpy arrays, whole on every process; call it in all of them."""
+    return jax.tree.map(
+        lambda x: (
+            np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+        ),
+        tree,
+    )
