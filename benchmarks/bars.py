@@ -4,8 +4,11 @@
 
 Takes the work folder of a finished `funnel.py`, trains LightGBM and DCN on the training pairs' true grades and on impressions, and ranks
 the test searches with every model. The funnel's own models see grades of precedents only, and the judge's labels for the rest, so that the
-bars have the better labels. One line per model and test split, then one line with the ranker's differences from both bars (paired bootstrap
-over queries). The engagement teacher, which has learned no relevance, is ordered by the vertical's first action. What the columns mean:
+bars have the better labels. `lightgbm_judge` and `dcn_judge` learn from the judge's labels, as teachers and ranker do. `lightgbm_clicks`
+and `dcn_clicks` order by the vertical's first action, as a ranker does that has never seen a judge.
+
+One line per model and test split, then one line with the ranker's differences from the bars (paired bootstrap over queries). The engagement
+teacher, which has learned no relevance, is ordered by the vertical's first action. What the columns mean:
 
 - items/s: from records to everything the model predicts, relevance and all actions. LightGBM and DCN: with their features, and the
   query embedding, since the embedding similarity is one of them; LightGBM with one model per action. Document embeddings are made offline.
@@ -20,6 +23,7 @@ has no value), for the metrics ndcg@10, poor_match@10 and mrr. It holds plain ar
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -33,7 +37,7 @@ from funnel import WARM, Evaluation, parameters, timed
 from machine import describe
 from record import append
 
-from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.datasets import Dataset, Pairs
 from jaxsearch.data.prompts import PromptRoom
 from jaxsearch.data.records import Query
 from jaxsearch.errors import InputError
@@ -51,9 +55,10 @@ from jaxsearch.retrieval.traditional import (
     train_click_model,
     train_ranker,
 )
-from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
+from jaxsearch.scoring.records import JUDGE_LABELS, RecordScorer, action_log_odds, relevance_log_odds
 from jaxsearch.serving.bundle import make_embedder, make_scorer
 from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
+from jaxsearch.tasks.cross_encoder import store_targets
 from jaxsearch.tasks.engagement_teacher import action_values
 
 METRICS = ("ndcg@10", "poor_match@10", "mrr")
@@ -119,6 +124,11 @@ class Bars(Evaluation):
             shown = self.features(features, self.page_rows, self.queries, self.queries_emb)
             actions = predict(shown)[shown.where][:, 1:]
         return Bar(self.lists(found[..., 0]), items_per_s, actions, parameters, flops + self.embed_flops)
+
+    def by_clicks(self, bar: Bar, features: Features, predict: Callable[[FeatureMatrix], np.ndarray]) -> Bar:
+        """The same model, candidates ordered by the vertical's first action alone."""
+        found = predict(self.features(features, self.candidates, self.queries, self.queries_emb))
+        return dataclasses.replace(bar, scores=self.lists(found[..., 1]))
 
     def decoder_bar(self, model: Model) -> Bar:
         """A teacher or the ranker through the prefill function."""
@@ -203,8 +213,22 @@ class Training:
     """Training and validation: actions [B, L, A], NaN where not eligible; None without impressions."""
 
 
-def make_training(data: Dataset, retriever: Model, evaluation: Bars, limit: int) -> Training:
-    """The same pairs, split and features as the LightGBM of `funnel.py`."""
+Labels = dict[tuple[int, int], int]
+"""(query row, document row) -> grade."""
+
+
+def judged(folder: Path, data: Dataset) -> Labels:
+    """The likeliest grades of a judge's store."""
+    return {
+        pair: int(logits.argmax())
+        for pair, logits in store_targets(str(folder), data, "judge", JUDGE_LABELS).items()
+    }
+
+
+def make_training(
+    data: Dataset, retriever: Model, evaluation: Bars, limit: int, labels: Labels | None = None
+) -> Training:
+    """The same pairs, split and features as the LightGBM of `funnel.py`; grades are the true ones, or these labels."""
     train = list(data.pairs[:limit])
     held = max(len(train) // 10, 1)
     queries = [data.queries["train"][p.query] for p in train]
@@ -216,10 +240,21 @@ def make_training(data: Dataset, retriever: Model, evaluation: Bars, limit: int)
         found: FeatureMatrix = evaluation.features(features, rows, queries[part], emb[part])
         return found
 
+    def known(pairs: Pairs) -> list[tuple[int, int]]:
+        if labels is not None:
+            return [
+                (row, labels[pairs.query, row])
+                for row in pairs.documents.tolist()
+                if (pairs.query, row) in labels
+            ]
+        return [
+            (row, g) for row, g in zip(pairs.documents.tolist(), pairs.grades.tolist(), strict=True) if g >= 0
+        ]
+
     def ranked(part: slice) -> Labelled:
-        rows = [p.documents[p.grades >= 0] for p in train[part]]
-        grades = pad_candidates([p.grades[p.grades >= 0].tolist() for p in train[part]])
-        return matrix(rows, part), grades
+        found = [known(pairs) for pairs in train[part]]
+        rows = [np.array([row for row, _ in pairs], np.int32) for pairs in found]
+        return matrix(rows, part), pad_candidates([[grade for _, grade in pairs] for pairs in found])
 
     def pages(part: slice) -> Labelled:
         shown = [list(data.impressions.get(query.id, ())) for query in queries[part]]
@@ -344,7 +379,7 @@ def print_table(title: str, rows: dict[str, dict[str, Any]], actions: tuple[str,
     print(f"{', '.join(actions) or 'no actions'}: AUROC. FLOPs without the features of LightGBM and DCN.")
 
 
-def load_stages(workdir: Path) -> dict[str, Model]:
+def load_stages(workdir: Path, engagement: str = "") -> dict[str, Model]:
     """The funnel's models, by stage.
 
     Raises:
@@ -353,6 +388,8 @@ def load_stages(workdir: Path) -> dict[str, Model]:
     models = {}
     for name in ("retriever", "relevance_teacher", "engagement_teacher", "ranker"):
         folder = workdir / name / "model"
+        if name == "engagement_teacher" and engagement:
+            folder = Path(engagement)
         if (folder / CONTRACT_FILE).is_file():
             models[name] = load_model(folder)
         elif name != "engagement_teacher":
@@ -370,16 +407,27 @@ def evaluate(
     training, feature_seconds = timed(
         lambda: make_training(data, models["retriever"], evaluation, options.max_queries)
     )
-    boosted, boosting_seconds = timed(lambda: train_boosted(training, data.actions, options.seed))
-    dcn, dcn_seconds = timed(lambda: fit_dcn(training, data.actions, config))
-    bars = {
-        "bm25": evaluation.bm25_bar(),
-        "lightgbm": evaluation.feature_bar(training.features, boosted, boosted.parameters, boosted.flops),
-        "dcn": evaluation.feature_bar(training.features, dcn, dcn.parameters, dcn.flops),
-        "retriever": evaluation.retriever_bar(models["retriever"]),
-        **{name: evaluation.decoder_bar(model) for name, model in models.items() if name != "retriever"},
-    }
-    seconds = {"features": feature_seconds, "lightgbm": boosting_seconds, "dcn": dcn_seconds}
+    seconds = {"features": feature_seconds}
+    bars = {"bm25": evaluation.bm25_bar()}
+    judge = Path(options.workdir) / "judge_labels"
+    supervision = {"": training}
+    if judge.is_dir():
+        labels = judged(judge, data)
+        supervision["_judge"] = make_training(
+            data, models["retriever"], evaluation, options.max_queries, labels
+        )
+    for suffix, of in supervision.items():
+        boosted, seconds[f"lightgbm{suffix}"] = timed(lambda: train_boosted(of, data.actions, options.seed))  # noqa: B023
+        dcn, seconds[f"dcn{suffix}"] = timed(lambda: fit_dcn(of, data.actions, config))  # noqa: B023
+        bars[f"lightgbm{suffix}"] = evaluation.feature_bar(
+            of.features, boosted, boosted.parameters, boosted.flops
+        )
+        bars[f"dcn{suffix}"] = evaluation.feature_bar(of.features, dcn, dcn.parameters, dcn.flops)
+        if data.actions and not suffix:
+            bars["lightgbm_clicks"] = evaluation.by_clicks(bars["lightgbm"], of.features, boosted)
+            bars["dcn_clicks"] = evaluation.by_clicks(bars["dcn"], of.features, dcn)
+    bars["retriever"] = evaluation.retriever_bar(models["retriever"])
+    bars |= {name: evaluation.decoder_bar(model) for name, model in models.items() if name != "retriever"}
     return evaluation, bars, {name: round(value, 2) for name, value in seconds.items()}
 
 
@@ -392,6 +440,7 @@ def main() -> int:
     parser.add_argument("--dataset", default="job_market:tiny", help="the one that the funnel was run on")
     parser.add_argument("--data-dir", default="", help="folder of prepared data (default: WORKDIR/data)")
     parser.add_argument("--out", default="", help="folder of the .npz files (default: WORKDIR)")
+    parser.add_argument("--engagement-teacher", default="", help="a model folder to take in its place")
     parser.add_argument("--seed", type=int, default=0, help="of LightGBM and DCN")
     parser.add_argument("--max-queries", type=int, default=4_500, help="most training queries of the bars")
     parser.add_argument("--test-queries", type=int, default=800, help="most queries of a test split")
@@ -399,7 +448,7 @@ def main() -> int:
     options = parser.parse_args()
     workdir = Path(options.workdir)
     out = Path(options.out or workdir)
-    models = load_stages(workdir)
+    models = load_stages(workdir, options.engagement_teacher)
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
     data = open_data(DataConfig(options.dataset, options.data_dir or str(workdir / "data")))
@@ -414,7 +463,11 @@ def main() -> int:
         evaluation, bars, seconds = evaluate(data, split, models, options, config)
         rows = {name: evaluation.figures(bar) for name, bar in bars.items()}
         values = {name: evaluation.per_query(bar) for name, bar in bars.items()}
-        found = {name: differences(values["ranker"], values[name]) for name in ("lightgbm", "dcn")}
+        found = {
+            name: differences(values["ranker"], values[name])
+            for name in values
+            if name.startswith(("lightgbm", "dcn"))
+        }
         save_values(out / f"bars_{split}.npz", evaluation.queries, values)
         queries = len(evaluation.queries)
         print_table(f"{data.name}, {split}: {queries} queries", rows, data.actions)

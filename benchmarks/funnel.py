@@ -484,7 +484,11 @@ def main() -> int:
             demo.label("engagement_scores", engagement, data, per_query=16),
         ]
     ranker = demo.train(
-        "ranker", "ranker.py:tiny", "--task.model.init-from", str(workdir / "retriever/model"), *scores
+        "ranker",
+        f"ranker.py:tiny{people}",
+        "--task.model.init-from",
+        str(workdir / "retriever/model"),
+        *scores,
     )
     del base
 

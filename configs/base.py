@@ -5,7 +5,7 @@
 
     python train.py --config configs/base.py:tiny_people --workdir runs/base_people
 
-Hardware: 2 CPU cores, a minute or two each (tiny_long and tiny_people: five).
+Hardware: 2 CPU cores, a minute or two each (tiny_long and tiny_people: five, tiny_student_people: eight).
 """
 
 from jaxsearch.config import TrainConfig, pick
@@ -40,7 +40,7 @@ def get_config(variant: str) -> TrainConfig:
             # Copying companies and skills is learned late: the demo has no time for it.
             "tiny_long": lambda: _tiny("tiny", 600),
             # One search in eight is for a name, and copying names is learned late: after 240 steps not at all.
-            "tiny_student_people": lambda: _tiny("tiny_student", 400, DataConfig("job_market:tiny_people")),
+            "tiny_student_people": lambda: _tiny("tiny_student", 1600, DataConfig("job_market:tiny_people")),
             "tiny_people": lambda: _tiny("tiny", 600, DataConfig("job_market:tiny_people")),
         },
     )

@@ -8,22 +8,22 @@ Hardware: tiny 2 CPU cores; qwen3_0_6b a TPU or GPU slice.
 
 from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
 from jaxsearch.data.prompts import PromptConfig
-from jaxsearch.tasks.base import ModelConfig
+from jaxsearch.tasks.base import DataConfig, ModelConfig
 from jaxsearch.tasks.defaults import SERVED, TINY_SERVED, full_data, tiny_data, tiny_optimizer, tiny_prompt
 from jaxsearch.tasks.ranker import RankerConfig
 
 
-def _tiny() -> TrainConfig:
+def _tiny(steps: int, data: DataConfig | None = None) -> TrainConfig:
     return TrainConfig(
         name="ranker",
         task=RankerConfig(
-            data=tiny_data(),
+            data=data or tiny_data(),
             model=ModelConfig("tiny_student"),
             prompt=tiny_prompt("ranker", TINY_SERVED),
             candidates=16,
             alpha=0.7,
         ),
-        steps=440,
+        steps=steps,
         batch_size=32,
         optimizer=tiny_optimizer(),
     )
@@ -45,5 +45,13 @@ def _qwen3() -> TrainConfig:
 
 
 def get_config(variant: str) -> TrainConfig:
-    """Variants: tiny, qwen3_0_6b."""
-    return pick(variant, {"tiny": _tiny, "qwen3_0_6b": _qwen3})
+    """Variants: tiny, tiny_people, qwen3_0_6b."""
+    return pick(
+        variant,
+        {
+            "tiny": lambda: _tiny(440),
+            # After the steps of job search the student is still seven times as far from its teachers.
+            "tiny_people": lambda: _tiny(1200, DataConfig("job_market:tiny_people")),
+            "qwen3_0_6b": _qwen3,
+        },
+    )
