@@ -246,6 +246,29 @@ def split_batch(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[None] * (x.ndim - 1)))
 
 
+def head_outputs(
+    x: Array,
+    w: dict[str, Array],
+    angles: tuple[Array, Array],
+    attention: Attention,
+    state: Any,
+    c: DecoderConfig,
+) -> tuple[Array, Any]:
+    """What each head mixed [..., T, N, H], the input of the projection `o`, and the attention's new state (arguments as `block`)."""
+    y = rms_norm(x, w["attention_norm"], c.rms_eps).astype(c.dtype)
+    q, k, v = (project("TD,DNH->TNH", y, w[name]) for name in "qkv")
+    if c.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], c.rms_eps), rms_norm(k, w["k_norm"], c.rms_eps)
+    q, k = rotate(q, angles).astype(c.dtype), rotate(k, angles).astype(c.dtype)
+    return attention(q, k, v, state)
+
+
+def neurons(x: Array, w: dict[str, Array], c: DecoderConfig) -> Array:
+    """What each neuron of the SwiGLU says [..., T, F], the inputs of the projection `down` (x after the attention)."""
+    y = rms_norm(x, w["mlp_norm"], c.rms_eps).astype(c.dtype)
+    return jax.nn.silu(project("TD,DF->TF", y, w["gate"])) * project("TD,DF->TF", y, w["up"])
+
+
 def block(
     x: Array,
     w: dict[str, Array],
@@ -264,16 +287,9 @@ def block(
         state: what the attention keeps for this layer, or None.
         c: the decoder's config.
     """
-    y = rms_norm(x, w["attention_norm"], c.rms_eps).astype(c.dtype)
-    q, k, v = (project("TD,DNH->TNH", y, w[name]) for name in "qkv")
-    if c.qk_norm:
-        q, k = rms_norm(q, w["q_norm"], c.rms_eps), rms_norm(k, w["k_norm"], c.rms_eps)
-    q, k = rotate(q, angles).astype(c.dtype), rotate(k, angles).astype(c.dtype)
-    mixed, state = attention(q, k, v, state)
+    mixed, state = head_outputs(x, w, angles, attention, state, c)
     x = x + project("TNH,NHD->TD", mixed, w["o"])
-    y = rms_norm(x, w["mlp_norm"], c.rms_eps).astype(c.dtype)
-    gated = jax.nn.silu(project("TD,DF->TF", y, w["gate"])) * project("TD,DF->TF", y, w["up"])
-    return x + project("TF,FD->TD", gated, w["down"]), state
+    return x + project("TF,FD->TD", neurons(x, w, c), w["down"]), state
 
 
 def _unrolled(step: Callable, x: Array, layers: tuple[dict[str, tuple], Any]) -> tuple[Array, Any]:

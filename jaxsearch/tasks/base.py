@@ -1,7 +1,8 @@
 """What every task starts from: data, tokenizer and initial decoder by config; the export of a model with its contract."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxsearch.metrics import mrr, ndcg, poor_match_rate_at_k
 from jaxsearch.models import contract as contracts
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.models.presets import preset
+from jaxsearch.models.scorer import Scorer
 from jaxsearch.models.weights import gguf, huggingface
 from jaxsearch.retrieval.bm25 import Bm25, document_text
 
@@ -71,6 +73,8 @@ class Start:
     architecture: DecoderConfig
     weights: Decoder | None
     """None: random."""
+    action_rows: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Action -> its row [D] of the head, where the checkpoint has action heads."""
 
 
 def load_start(config: ModelConfig, data: Dataset) -> Start:
@@ -96,7 +100,7 @@ def load_start(config: ModelConfig, data: Dataset) -> Start:
             dataclasses.replace(sizes, vocab_size=max(found.vocab_size, _least(config)), **changes),
             None,
         )
-    decoder, found = _load_checkpoint(Path(config.init_from))
+    decoder, found, action_rows = _load_checkpoint(Path(config.init_from))
     if config.tokenizer:
         found = Tokenizer.load(config.tokenizer)
     if found.vocab_size > decoder.config.vocab_size:
@@ -106,7 +110,7 @@ def load_start(config: ModelConfig, data: Dataset) -> Start:
     if config.layers:
         decoder = first_layers(decoder, config.layers)
     architecture = dataclasses.replace(decoder.config, **changes)
-    return Start(found, architecture, decoder)
+    return Start(found, architecture, decoder, action_rows)
 
 
 def abstract_start(config: ModelConfig) -> Start:
@@ -137,14 +141,16 @@ def _least(config: ModelConfig) -> int:
     return 0 if config.preset.startswith("tiny") else preset(config.preset).vocab_size
 
 
-def _load_checkpoint(path: Path) -> tuple[Decoder, Tokenizer]:
+def _load_checkpoint(path: Path) -> tuple[Decoder, Tokenizer, Mapping[str, np.ndarray]]:
     if path.suffix == ".gguf":
-        return gguf.load_decoder(path), Tokenizer(gguf.load_tokenizer(path))
+        return gguf.load_decoder(path), Tokenizer(gguf.load_tokenizer(path)), {}
     if (path / contracts.CONTRACT_FILE).is_file():
         model = contracts.load_model(path)
-        return model.module.decoder, model.tokenizer
+        module, names = model.module, model.contract.actions
+        head = np.asarray(module.action_head[...]) if isinstance(module, Scorer) and names else ()
+        return module.decoder, model.tokenizer, dict(zip(names, head, strict=True))
     if (path / "config.json").is_file():
-        return huggingface.load_decoder(path), Tokenizer.load(path)
+        return huggingface.load_decoder(path), Tokenizer.load(path), {}
     raise ConfigError(
         f"model.init_from is {str(path)!r}: give a model folder of a finished run, a Hugging Face folder or a .gguf file"
     )

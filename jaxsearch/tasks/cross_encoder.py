@@ -196,6 +196,10 @@ class CrossEncoderTask(Task):
         )
         if self.start.weights is not None:
             nnx.update(scorer.decoder, nnx.state(self.start.weights))
+        # A ranker that starts from a ranker, such as a pruned one, keeps what it knows of actions.
+        for number, name in enumerate(self.actions):
+            if name in self.start.action_rows:
+                scorer.action_head[...] = scorer.action_head[...].at[number].set(self.start.action_rows[name])
         return scorer
 
     @property

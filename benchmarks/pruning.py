@@ -1,0 +1,186 @@
+"""What structured pruning costs a ranker: reconstruction error and NDCG@10 of OSSCAR beside random, magnitude and activation norm.
+
+    python benchmarks/pruning.py --model runs/demo/ranker/model --dataset job_market:tiny --data-dir runs/demo/data \
+        [--mlp 0.5 --layers-drop 1 --which last --heads 0] [--recovered osscar=runs/recovered/model] \
+        [--jsonl benchmarks/results/pruning.jsonl]
+
+Two kinds of lines:
+
+- `reconstruction`: per method and share of neurons, ||X W - X_S V||^2 / ||X W||^2 of each layer's MLP and their mean, with the dense
+  model's own activations X; on the calibration queries, and on as many others that nothing was fitted to (`held_out`). The baselines
+  come as published and with refitted weights (`refit`).
+- `ranking`: NDCG@10 of the dense model, of each method after one-shot pruning (--mlp, --layers-drop, --heads), and of each --recovered
+  model (NAME=FOLDER, trained by `train.py --config configs/ranker.py:VARIANT --task.model.init-from PRUNED`), on the first --test-queries
+  of a split, with the difference from dense paired by query.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import describe
+from record import append
+
+from jaxsearch.compression.calibration import Walk, choose_queries, make_batches
+from jaxsearch.compression.osscar import METHODS, reduce_map, relative_error
+from jaxsearch.compression.pruning import Pruning, prune_model
+from jaxsearch.data.datasets import Dataset
+from jaxsearch.errors import InputError
+from jaxsearch.metrics import paired_bootstrap
+from jaxsearch.models.contract import Model, load_model
+from jaxsearch.models.scorer import Scorer
+from jaxsearch.scoring.records import RecordScorer, relevance_log_odds
+from jaxsearch.tasks.base import DataConfig, evaluation_lists, open_data, ranking_metrics
+
+ARMS = [("osscar", True), *((method, refit) for refit in (False, True) for method in METHODS[1:])]
+"""Method, and whether the kept weights are refitted."""
+
+
+def mlp_grams(model: Model, data: Dataset, options: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
+    """Per layer: W of `down` [F, D], and Gram matrices [F, F] on calibration and on other queries (None where the data has too few)."""
+    assert isinstance(model.module, Scorer)
+    both = min(2 * options.queries, sum(len(p.documents) > 0 for p in data.pairs))
+    chosen = choose_queries(data, both)
+    fitted = chosen[::2] if both == 2 * options.queries else choose_queries(data, options.queries)
+    parts = [fitted, chosen[1::2]] if both == 2 * options.queries else [fitted]
+    walks = [
+        Walk(model.module.decoder, make_batches(model, data, part, candidates=options.candidates))
+        for part in parts
+    ]
+    for layer in range(model.contract.architecture.layers):
+        w, grams = walks[0].weights(layer), []
+        for walk in walks:
+            walk.pass_heads(w)
+            grams.append(walk.mlp_gram(w))
+            walk.pass_mlp(w)
+        yield w["down"], grams[0], grams[1] if len(grams) > 1 else None
+
+
+def reconstruction(model: Model, data: Dataset, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One line per share and arm."""
+    found: dict[tuple[float, str, bool], list[tuple[float, float, float]]] = {}
+    for layer, (weights, gram, other) in enumerate(mlp_grams(model, data, options)):
+        for share in options.shares:
+            for method, refit in ARMS:
+                started = time.perf_counter()
+                keep = len(weights) - int(share * len(weights) + 0.5)
+                kept = reduce_map(gram, weights, keep, method=method, refit=refit, seed=options.seed + layer)
+                seconds = time.perf_counter() - started
+                held_out = relative_error(other, weights, kept) if other is not None else float("nan")
+                row = (relative_error(gram, weights, kept), held_out, seconds)
+                found.setdefault((share, method, refit), []).append(row)
+        print(f"layer {layer} reconstructed", file=sys.stderr, flush=True)
+    lines = []
+    for (share, method, refit), layers in found.items():
+        errors, held_out, seconds = np.array(layers).T
+        line = {
+            "kind": "reconstruction", "method": method, "refit": refit, "share": share,
+            "error": float(errors.mean()), "errors": [round(float(e), 6) for e in errors],
+            "seconds": round(float(seconds.sum()), 2),
+        }  # fmt: skip
+        if np.isfinite(held_out).all():
+            line |= {
+                "held_out_error": float(held_out.mean()),
+                "held_out_errors": [round(float(e), 6) for e in held_out],
+            }
+        lines.append(line)
+    return lines
+
+
+def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One line per model, as soon as it is measured."""
+    split = options.split or data.test_splits[0]
+    queries, candidates = evaluation_lists(data, split, options.test_queries)
+
+    def measure(module: Any, of: Model) -> np.ndarray:
+        scorer = RecordScorer(module, of.tokenizer, of.contract.prompts["pair"], data.documents)
+        scores = [relevance_log_odds(x) for x in scorer(queries, candidates)]
+        return ranking_metrics(data, queries, candidates, scores)["ndcg@10"]
+
+    dense = measure(model.module, model)
+
+    def line(name: str, method: str, refit: bool, values: np.ndarray, parameters: int) -> dict[str, Any]:
+        change = paired_bootstrap(values, dense)
+        return {
+            "kind": "ranking", "model": name, "method": method, "refit": refit, "split": split,
+            "test_queries": len(queries), "ndcg@10": float(np.nanmean(values)), "params": parameters,
+            "kept": float(np.nanmean(values) / np.nanmean(dense)),
+            "difference": [round(float(x), 5) for x in (change.mean, change.low, change.high)],
+        }  # fmt: skip
+
+    yield line("dense", "", False, dense, model.contract.architecture.parameters)
+    for method, refit in ARMS if options.mlp or options.heads else ARMS[:1]:
+        plan = Pruning(
+            mlp=options.mlp,
+            heads=options.heads,
+            layers=options.layers_drop,
+            which=options.which,
+            method=method,
+            refit=refit,
+            seed=options.seed,
+        )
+        pruned = prune_model(model, data, plan, queries=options.queries, candidates=options.candidates)
+        parameters = pruned.contract.architecture.parameters
+        yield line("one-shot", method, refit, measure(pruned.module, model), parameters)
+    for item in options.recovered:
+        name, _, folder = item.partition("=")
+        if not folder:
+            raise InputError(f"--recovered is {item!r}: give NAME=FOLDER")
+        recovered = load_model(folder)
+        parameters = recovered.contract.architecture.parameters
+        yield line(f"recovered {name}", name, False, measure(recovered.module, recovered), parameters)
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="model folder of a ranker")
+    parser.add_argument("--dataset", default="job_market:tiny")
+    parser.add_argument("--data-dir", default="runs/demo/data")
+    parser.add_argument("--queries", type=int, default=64, help="calibration queries")
+    parser.add_argument("--candidates", type=int, default=16, help="documents of each")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--mlp", type=float, default=0.5, help="one-shot: share of neurons")
+    parser.add_argument("--heads", type=float, default=0.0, help="one-shot: share of key/value heads")
+    parser.add_argument("--layers-drop", type=int, default=0, help="one-shot: whole layers")
+    parser.add_argument("--which", default="last", help="one-shot: last or least")
+    parser.add_argument("--recovered", nargs="*", default=[], help="NAME=FOLDER of fine-tuned pruned models")
+    parser.add_argument("--split", default="", help="default: the first test split")
+    parser.add_argument("--test-queries", type=int, default=200, help="0: no ranking")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jsonl", type=Path, help="append the results to this file")
+    options = parser.parse_args()
+    model = load_model(options.model)
+    data = open_data(DataConfig(options.dataset, options.data_dir))
+    common = {
+        "command": " ".join(["python", *sys.argv]),
+        "folder": options.model,
+        "parent": model.hash,
+        "dataset": data.name,
+        "queries": options.queries,
+        "candidates": options.candidates,
+    }
+    common["machine"] = describe()
+    sizes = {name: getattr(options, name) for name in ("mlp", "heads", "layers_drop", "which")}
+    for measure, wanted, own in (
+        (reconstruction, bool(options.shares), {}),
+        (ranking, bool(options.test_queries), sizes),
+    ):
+        for line in measure(model, data, options) if wanted else ():
+            words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+            print(*words, sep="  ", flush=True)
+            append(options.jsonl, [common | own | line])
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"pruning.py: {error}")

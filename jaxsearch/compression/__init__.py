@@ -1,0 +1,1 @@
+"""Smaller models and shorter inputs from those that are there."""
