@@ -1,6 +1,7 @@
 """MixLM: the encoder, the stage III loss term by term, its curriculum, and what is exported."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_market import STUDENT, TEACHER, documents, filled, query, small_tokenizer, small_world
+from small_market import (
+    STUDENT,
+    TEACHER,
+    documents,
+    fast_compilation,
+    filled,
+    query,
+    small_tokenizer,
+    small_world,
+)
 from test_tasks import build, configured, rngs, write_store
 
 from jaxsearch.config import ConfigError
@@ -48,6 +58,12 @@ def make_encoder(tokens: int = 3, seed: int = 1) -> DocumentEncoder:
 def make_ranker() -> Scorer:
     ids = [small_tokenizer().label(name) for name in LABELS[:2]]
     return filled(lambda r: Scorer(TEACHER, label_ids=ids, actions=1, rngs=r), 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly() -> Iterator[None]:
+    with fast_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +195,7 @@ def test_a_document_is_encoded_once_and_reaches_every_query(task: MixLMTask, pai
         chosen = task.choose(example, 3, rngs(0, 6)[i])
         for slot, row in enumerate(example.documents[chosen]):
             ids = task._texts[row]
-            tokens, where = np.zeros((1, 16), np.int32), np.arange(16)[None] < len(ids)
+            tokens, where = np.zeros((1, 32), np.int32), np.arange(32)[None] < len(ids)
             tokens[0, : len(ids)] = ids
             alone = np.asarray(jitted(pair.encoder, tokens, where))[0]
             np.testing.assert_allclose(table[i, 2 * slot : 2 * slot + 2], alone, atol=1e-5)
@@ -220,6 +236,7 @@ TERMS = {
 
 
 def gradient(task: MixLMTask, pair: MixLM, batch: Any) -> tuple[set[str], Any]:
+    """The names of the terms, and the gradient of their sum."""
     graphdef, state = nnx.split(pair)
 
     def value(state: Any) -> Any:
@@ -230,18 +247,26 @@ def gradient(task: MixLMTask, pair: MixLM, batch: Any) -> tuple[set[str], Any]:
     return set(terms), nnx.to_pure_dict(grads)
 
 
-def test_each_term_adds_its_own_gradient_and_nothing_else(task: MixLMTask, pair: MixLM) -> None:
+def test_a_term_that_is_off_leaves_its_gradient_out(task: MixLMTask, pair: MixLM) -> None:
     batch = task.batch(np.arange(4), rngs(0, 4))
-    total = None
-    for settings, names in TERMS.values():
-        found, grads = gradient(changed(task, **OFF | settings), pair, batch)
-        assert found == names
-        assert any(np.abs(x).max() > 0 for x in jax.tree.leaves(grads["encoder"]))
-        total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-    found, grads = gradient(changed(task, text_weight=0.0), pair, batch)
-    assert found == set.union(*(names for _, names in TERMS.values()))
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(total), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+    def names(task: MixLMTask) -> set[str]:
+        return set(nnx.eval_shape(lambda pair: task.loss(pair, batch, jax.random.key(0)).terms(), pair))
+
+    for settings, expected in TERMS.values():
+        assert names(changed(task, **OFF | settings)) == expected
+    whole = changed(task, text_weight=0.0)
+    left, mine = gradient(changed(whole, distill_weight=0.0, hidden_weight=0.0), pair, batch)
+    right, theirs = gradient(changed(whole, sft_weight=0.0, pred_weight=0.0), pair, batch)
+    found, grads = gradient(whole, pair, batch)
+    assert left == TERMS["sft"][1] | TERMS["pred"][1]
+    assert right == TERMS["distill"][1] | TERMS["hidden"][1]
+    assert found == left | right
+    for total, a, b in zip(*map(jax.tree.leaves, (grads, mine, theirs)), strict=True):
+        np.testing.assert_allclose(total, a + b, rtol=1e-3, atol=1e-5)
+    for one in (mine, theirs):
+        for model in ("encoder", "ranker"):
+            assert max(np.abs(x).max() for x in jax.tree.leaves(one[model])) > 1e-3
 
 
 def test_the_full_text_is_a_target_for_the_alignment_and_learns_by_text_weight(
@@ -309,7 +334,7 @@ def test_the_step_learns_and_the_first_phase_aligns_alone(task: MixLMTask, pair:
         state, terms = step(state)
         rows.append({name: float(value) for name, value in terms.items()})
     assert all(row["kl"] == row["sft_kl"] == row["engagement"] == 0 for row in rows[:20])
-    assert rows[0]["hidden"] > 0.2
+    assert rows[0]["hidden"] > 0.05
     assert rows[19]["hidden"] < 0.7 * rows[0]["hidden"]
     assert rows[39]["kl"] + rows[39]["listwise"] < 0.7 * (rows[20]["kl"] + rows[20]["listwise"])
 
@@ -333,7 +358,7 @@ def test_exported_models_reproduce_their_golden_scores(exported: Path, pair: Mix
     assert golden_error(ranker) <= 1e-4  # as text
     assert golden_error(encoder) <= 1e-4
     assert mixed_golden_error(ranker, encoder) <= 1e-4
-    broken = np.asarray(encoder.module.decoder.final_norm[...]) * 2
+    broken = np.asarray(encoder.module.decoder.final_norm[...])[::-1]
     encoder.module.decoder.final_norm.set_value(jnp.asarray(broken))
     assert mixed_golden_error(ranker, encoder) > 1e-3
     assert golden_error(encoder) > 1e-3
@@ -389,7 +414,9 @@ def test_stage_three_starts_from_stage_two_and_a_retriever(exported: Path, tmp_p
             (["--task.curriculum", "1"], "task.curriculum is 1"),
         ):
             with pytest.raises(ConfigError, match=message):
-                build("mixlm", *options)
+                build(
+                    "mixlm", *([*options, "--task.distill-weight", "0"] if "fields" in message else options)
+                )
 
 
 def test_evaluation_tells_embeddings_text_and_chance_apart(task: MixLMTask, pair: MixLM) -> None:

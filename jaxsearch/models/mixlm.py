@@ -26,10 +26,14 @@ class DocumentEncoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, tokens: int, width: int, rngs: nnx.Rngs):
         self.decoder = Decoder(config, rngs=rngs)
         self.tokens, self.width = tokens, width
-        self.projection: nnx.Param | None = None
-        if width != config.width:
-            values = jax.random.normal(rngs.params(), (config.width, width)) * config.width**-0.5
-            self.projection = nnx.Param(values, axes=("embed", None))
+        self.projection = (
+            None
+            if width == config.width
+            else nnx.Param(
+                jax.random.normal(rngs.params(), (config.width, width)) * config.width**-0.5,
+                axes=("embed", None),
+            )
+        )
 
     def __call__(self, tokens: Array, where: Array) -> Array:
         """Embeddings [M, S, W] in the compute dtype, in the order of the text; 0 behind the last one of a short document.
