@@ -354,6 +354,31 @@ def action_loss(
     )
 
 
+def cosine_distance(x: Array, target: Array, *, where: Array, reduction: Reduction = "mean") -> Array:
+    r"""One minus the cosine between two vectors: the hidden-state term of MixLM's self-alignment (arXiv 2512.07846).
+
+    .. math::
+        \ell(x, y) = 1 - \frac{\langle x, y \rangle}{\|x\| \, \|y\|}
+
+    Args:
+        x: [..., D].
+        target: [..., D]; a constant.
+        where: bool [...], the vectors that count.
+        reduction: over the entries of `where`.
+
+    >>> x, where = jnp.array([[3.0, 0.0], [1.0, 1.0]]), jnp.array([True, True])
+    >>> print(f"{cosine_distance(x, jnp.array([[0.0, 2.0], [1.0, 1.0]]), where=where):.4f}")
+    0.5000
+    """
+    _check_where("where", where, x.shape[:-1])
+    _check_shape("target", target, x.shape)
+    x = _keep(x, where[..., None])
+    target = jax.lax.stop_gradient(_keep(target, where[..., None]))
+    sizes = jnp.sum(x * x, axis=-1) * jnp.sum(target * target, axis=-1)
+    dots = jnp.einsum("...D,...D->...", x, target, precision="highest")
+    return _reduce(1 - dots * jax.lax.rsqrt(jnp.maximum(sizes, 1e-24)), where, reduction)
+
+
 def distillation(
     rel_student: Array,
     rel_teacher_prob: Array,

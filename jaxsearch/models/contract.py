@@ -28,16 +28,18 @@ from jaxsearch.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxsearch.data.tokenizer import LABELS, Tokenizer
 from jaxsearch.errors import InputError
 from jaxsearch.models.decoder import DecoderConfig
+from jaxsearch.models.mixlm import DocumentEncoder
 from jaxsearch.models.scorer import BiEncoder, Scorer
 
 FORMAT = 1
-KINDS = ("base", "judge", "ranker", "bi_encoder")
+KINDS = ("base", "judge", "ranker", "bi_encoder", "encoder")
 _ANSWERS = {"judge": LABELS[2:], "ranker": LABELS[:2]}
 """Labels in the order of the logits; a kind that is not here has none."""
 _PARTS = {
     "judge": {"pair": "judge"},
     "ranker": {"pair": "ranker"},
     "bi_encoder": {"query": "query", "document": "document"},
+    "encoder": {"document": "document"},
 }
 """Prompts that a kind needs, and their kinds."""
 CONTRACT_FILE, WEIGHTS_FILE = "contract.json", "model.safetensors"
@@ -49,13 +51,34 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
 """How far a golden score may move between machines and backends, by compute dtype (log-odds; cosine for a bi-encoder)."""
 
 
+GOLDEN_NUMBERS = 8
+"""Of an encoder's golden embedding: the first so many of its last row, fewer where it is narrower."""
+
+
 class ContractError(InputError):
     """A model folder that cannot be used as it is; the message names what does not fit and what to do."""
 
 
 @dataclass(frozen=True)
+class MixLMPart:
+    """What an encoder, or a ranker that reads its embeddings, has in its contract beside the rest (paper section 6)."""
+
+    tokens: int
+    """T_S, embeddings per document at most."""
+    width: int
+    """Of an embedding."""
+    encoder: str = ""
+    """Of a ranker: contract hash of the encoder that it was trained with."""
+    text_fields: tuple[str, ...] = ()
+    """Of a ranker: fields of a document that it reads as text behind the embeddings."""
+    golden: tuple[tuple[float, ...], ...] = ()
+    """Of a ranker: the label logits of its golden pairs with the documents as embeddings."""
+
+
+@dataclass(frozen=True)
 class Golden:
-    """One pair and its label logits (for a bi-encoder: its cosine), as the exporting machine computed them."""
+    """One pair and its label logits (for a bi-encoder: its cosine; for an encoder: the first numbers of the document's last
+    embedding), as the exporting machine computed them."""
 
     query: Query
     document: Document
@@ -67,10 +90,10 @@ class Contract:
     """What is needed, beside weights and tokenizer, to use a model right."""
 
     kind: str
-    """"base" (decoder alone), "judge", "ranker" or "bi_encoder"."""
+    """"base" (decoder alone), "judge", "ranker", "bi_encoder" or "encoder" (of MixLM)."""
     architecture: DecoderConfig
     prompts: Mapping[str, PromptConfig]
-    """By part: "pair" for judge and ranker; "query" and "document" for a bi-encoder."""
+    """By part: "pair" for judge and ranker; "query" and "document" for a bi-encoder; "document" for an encoder."""
     labels: Mapping[str, int] = field(default_factory=dict)
     """Answer -> token id, in the order of the logits: Yes, No for a ranker, 0 to 4 for a judge."""
     actions: tuple[str, ...] = ()
@@ -80,6 +103,8 @@ class Contract:
     training: Mapping[str, Any] = field(default_factory=dict)
     """The training configuration."""
     golden: tuple[Golden, ...] = ()
+    mixlm: MixLMPart | None = None
+    """Of an encoder, and of a ranker that reads embeddings; such a ranker reads text too, as any other."""
 
     @property
     def tolerance(self) -> float:
@@ -91,7 +116,7 @@ class Contract:
 class Model:
     """A loaded model folder."""
 
-    module: Scorer | BiEncoder
+    module: Scorer | BiEncoder | DocumentEncoder
     contract: Contract
     tokenizer: Tokenizer
     hash: str
@@ -111,7 +136,10 @@ def _digest(path: Path) -> str:
 
 
 def save_model(
-    folder: str | os.PathLike[str], module: Scorer | BiEncoder, contract: Contract, tokenizer: Tokenizer
+    folder: str | os.PathLike[str],
+    module: Scorer | BiEncoder | DocumentEncoder,
+    contract: Contract,
+    tokenizer: Tokenizer,
 ) -> str:
     """Write a model folder; the contract comes last, so that a folder without one is known to be unfinished.
 
@@ -139,6 +167,8 @@ def save_model(
         ],
         "sha256": {name: _digest(root / name) for name in (WEIGHTS_FILE, TOKENIZER_FILE)},
     }
+    if contract.mixlm is not None:
+        values["mixlm"] = dataclasses.asdict(contract.mixlm)
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = root / (CONTRACT_FILE + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -191,8 +221,12 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
     return Model(module, contract, tokenizer, hashlib.sha256(text.encode()).hexdigest())
 
 
-def make_module(contract: Contract, rngs: nnx.Rngs) -> Scorer | BiEncoder:
+def make_module(contract: Contract, rngs: nnx.Rngs) -> Scorer | BiEncoder | DocumentEncoder:
     """A module of the contract's shape with fresh parameters."""
+    if contract.kind == "encoder":
+        assert contract.mixlm is not None
+        part = contract.mixlm
+        return DocumentEncoder(contract.architecture, tokens=part.tokens, width=part.width, rngs=rngs)
     if contract.kind == "bi_encoder":
         return BiEncoder(contract.architecture, rngs=rngs)
     return Scorer(
@@ -325,7 +359,12 @@ def _parse(values: Mapping[str, Any]) -> Contract:
         )
         for item in values["golden"]
     )
+    mixlm = _mixlm(values["mixlm"]) if "mixlm" in values else None
+    if (kind == "encoder" and mixlm is None) or (mixlm is not None and kind not in ("encoder", "ranker")):
+        raise ValueError(f"mixlm is {values.get('mixlm')!r}: an encoder has one, a ranker may")
     width = 1 if kind == "bi_encoder" else len(labels) + len(actions)
+    if kind == "encoder" and mixlm is not None:
+        width = min(GOLDEN_NUMBERS, mixlm.width)
     for item in golden:
         if len(item.scores) != width or not all(map(math.isfinite, item.scores)):
             raise ValueError(f"golden scores {item.scores} are not {width} finite numbers")
@@ -338,7 +377,25 @@ def _parse(values: Mapping[str, Any]) -> Contract:
         calibrators=values["calibrators"],
         training=values["training"],
         golden=golden,
+        mixlm=mixlm,
     )
+
+
+def _mixlm(values: Mapping[str, Any]) -> MixLMPart:
+    part = MixLMPart(
+        values["tokens"],
+        values["width"],
+        values["encoder"],
+        tuple(values["text_fields"]),
+        tuple(tuple(map(float, scores)) for scores in values["golden"]),
+    )
+    if not all(type(n) is int and 1 <= n < 2**20 for n in (part.tokens, part.width)):
+        raise ValueError(f"mixlm.tokens {part.tokens!r} and width {part.width!r} are no whole numbers from 1")
+    if not all(isinstance(text, str) for text in (part.encoder, *part.text_fields)):
+        raise ValueError("mixlm.encoder or text_fields are no text")
+    if not all(math.isfinite(x) for scores in part.golden for x in scores):
+        raise ValueError("mixlm.golden holds numbers that are not finite")
+    return part
 
 
 def _prompt(values: Mapping[str, Any]) -> PromptConfig:

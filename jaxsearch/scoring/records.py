@@ -2,7 +2,7 @@
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from jaxsearch.data.prompts import PromptConfig, PromptRoom
 from jaxsearch.data.records import Document, Query
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.models.scorer import BiEncoder, Scorer
+from jaxsearch.scoring.packing import Item
 from jaxsearch.scoring.prefill import Buckets, PrefillScorer, steps
 
 JUDGE_LABELS = ("0", "1", "2", "3", "4")
@@ -24,6 +25,8 @@ PREFIXES = 10_000
 """How many queries' tokens are kept."""
 CHUNK = 256
 """Queries whose tokens are made at a time."""
+LENGTHS = steps(8, 8192)
+"""Lengths that texts are padded to."""
 Scores = TypeVar("Scores", np.ndarray, jax.Array)
 
 
@@ -92,7 +95,7 @@ class RecordScorer:
 
     def tokens(
         self, queries: Sequence[Query], candidates: Sequence[np.ndarray]
-    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+    ) -> tuple[list[list[int]], list[list[Item]]]:
         """Prefixes and items of these queries, what `PrefillScorer.score_lists` takes; documents' tokens are there already.
 
         Args:
@@ -102,7 +105,9 @@ class RecordScorer:
         pairs = zip(queries, candidates, strict=True)
         # All pair parts in one tokenizer call; `items` then finds them.
         self.room.pairs([self.room.pair_text(q, self.documents[row]) for q, rows in pairs for row in rows])
-        lists = [self.items(query, rows) for query, rows in zip(queries, candidates, strict=True)]
+        lists: list[list[Item]] = [
+            [*self.items(query, rows)] for query, rows in zip(queries, candidates, strict=True)
+        ]
         return self.prefixes(queries), lists
 
     def settle(self, queries: Sequence[Query], candidates: Sequence[np.ndarray]) -> None:
@@ -198,7 +203,6 @@ class Embedder:
         self._state = jax.tree.map(lambda x: x, state)
         self._tokens = tokens
         self._width = encoder.decoder.config.width
-        self._lengths = steps(8, 8192)
 
     def check(self, queries: Sequence[Query]) -> None:
         """Raise `InputError` unless every query can be encoded."""
@@ -214,24 +218,34 @@ class Embedder:
 
     def _embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         result = np.zeros((len(texts), self._width), np.float32)
-        order = np.argsort([len(ids) for ids in texts], kind="stable")
-        start = 0
-        while start < len(order):
-            # Sorted by length: the last text of a group decides its shape, the first one is not much shorter.
-            length = self._round(len(texts[order[start]]))
-            rows = max(self._tokens // length, 1)
-            group = [i for i in order[start : start + rows] if len(texts[i]) <= length]
-            tokens, where = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-            for row, i in enumerate(group):
-                tokens[row, : len(texts[i])] = texts[i]
-                where[row, : len(texts[i])] = True
+        for group, tokens, where in length_groups(texts, self._tokens):
             found = _embed(self._graphdef, self._state, jnp.asarray(tokens), jnp.asarray(where))
             result[group] = np.asarray(found)[: len(group)]
-            start += len(group)
         return result
 
-    def _round(self, length: int) -> int:
-        return next((size for size in self._lengths if size >= length), length)
+
+def length_groups(
+    texts: Sequence[Sequence[int]], tokens: int
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Texts of like length together, in a closed set of shapes of about so many tokens.
+
+    Yields:
+      Places of the texts int [n]; their tokens int32 [N, T] with N at least n, and where they are, bool [N, T].
+    """
+    order = np.argsort([len(ids) for ids in texts], kind="stable")
+    start = 0
+    while start < len(order):
+        # Sorted by length: the last text of a group decides its shape, the first one is not much shorter.
+        least = len(texts[order[start]])
+        length = next((size for size in LENGTHS if size >= least), least)
+        rows = max(tokens // length, 1)
+        group = [int(i) for i in order[start : start + rows] if len(texts[i]) <= length]
+        ids, where = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+        for row, i in enumerate(group):
+            ids[row, : len(texts[i])] = texts[i]
+            where[row, : len(texts[i])] = True
+        yield group, ids, where
+        start += len(group)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -18,11 +18,13 @@ from jaxsearch.data.jsonl import read_records, write_lines
 from jaxsearch.data.records import Document, Query, to_dict, unique_ids
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import RELEVANCE, ContractError, Model, load_model, save_model
+from jaxsearch.models.mixlm import DocumentEncoder
 from jaxsearch.models.scorer import BiEncoder, Scorer
 from jaxsearch.retrieval.common import new_folder
 from jaxsearch.retrieval.exhaustive import filter_mask
 from jaxsearch.retrieval.index import ScannIndex
 from jaxsearch.scoring.calibration import Calibrator, load_calibrators, objective_log_odds, probabilities
+from jaxsearch.scoring.mixed import golden_numbers, make_document_embedder
 from jaxsearch.scoring.records import Embedder, RecordScorer
 from jaxsearch.scoring.utility import UtilityConfig, order, utility
 
@@ -107,6 +109,8 @@ def golden_error(model: Model) -> float:
     if isinstance(model.module, BiEncoder):
         embedder = make_embedder(model)
         found = np.sum(embedder.queries(queries) * embedder.documents(documents), axis=1, keepdims=True)
+    elif isinstance(model.module, DocumentEncoder):
+        found = np.array(golden_numbers(make_document_embedder(model)(documents)))
     else:
         rows = [np.array([i], np.int32) for i in range(len(golden))]
         found = np.concatenate(make_scorer(model, documents)(queries, rows))

@@ -1,4 +1,5 @@
-"""Command line of serving: `label` training pairs, `calibrate` a ranker, `build` a bundle, rank a file of queries in `batch`."""
+"""Command line of serving: `label` training pairs, `calibrate` a ranker, `encode` documents for MixLM, `build` a bundle, rank a file of
+queries in `batch`."""
 
 import argparse
 import sys
@@ -49,6 +50,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--output", required=True, help="model folder of the calibrated ranker")
     calibrate.add_argument("--report", default="", help="PNG file for reliability diagrams, before and after")
+    encode = commands.add_parser(
+        "encode", allow_abbrev=False, help="bring a store of document embeddings up to date (MixLM)"
+    )
+    encode.add_argument("--model", required=True, help="model folder of an encoder")
+    source = encode.add_mutually_exclusive_group(required=True)
+    source.add_argument("--documents", help="JSONL file with the whole corpus, one Document a line")
+    source.add_argument("--dataset", help="take the documents of a data set, such as job_market:tiny")
+    encode.add_argument(
+        "--data-dir", default="", help="folder of prepared data (default: ~/tensorflow_datasets)"
+    )
+    encode.add_argument(
+        "--output",
+        required=True,
+        help="folder of the store, or gs://bucket/path; an unfinished one is resumed",
+    )
     label = commands.add_parser(
         "label", allow_abbrev=False, help="score training pairs into a store for students"
     )
@@ -151,6 +167,28 @@ def _build(options: argparse.Namespace) -> None:
     print(f"{options.output}: {len(documents)} documents")
 
 
+def _encode(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from jaxsearch.data.datasets import load_dataset
+    from jaxsearch.data.jsonl import read_records
+    from jaxsearch.data.records import Document
+    from jaxsearch.models.contract import load_model
+    from jaxsearch.scoring.embedding_store import encode_documents
+
+    encoder = load_model(options.model)
+    if options.documents:
+        documents = read_records(options.documents, Document)
+    else:
+        documents = list(load_dataset(options.dataset, options.data_dir or None).documents)
+    with tqdm(total=len(documents), desc="encoding", unit="document") as bar:
+        report = encode_documents(encoder, documents, options.output, progress=bar.update)
+    print(
+        f"{options.output}: {report.documents} documents, {report.encoded} of them encoded now, "
+        f"{report.resumed} by a run that was interrupted, {report.dropped} dropped"
+    )
+
+
 def _batch(options: argparse.Namespace) -> None:
     from jaxsearch.serving.batch import rank_file
     from jaxsearch.serving.bundle import Bundle
@@ -181,7 +219,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, or 2 where the input cannot be used."""
     options = _parser().parse_args(argv)
     try:
-        {"build": _build, "batch": _batch, "calibrate": _calibrate, "label": _label}[options.command](options)
+        commands = {
+            "build": _build,
+            "batch": _batch,
+            "calibrate": _calibrate,
+            "encode": _encode,
+            "label": _label,
+        }
+        commands[options.command](options)
     except InputError as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxsearch.config import ConfigError, TaskConfig, TrainConfig, to_dict
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig, PromptRoom
+from jaxsearch.data.records import Query
 from jaxsearch.data.score_store import StoreMeta, read_scores
 from jaxsearch.models.contract import Contract, Golden, save_model
 from jaxsearch.models.scorer import Scorer
@@ -220,22 +221,27 @@ class CrossEncoderTask(Task):
     def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
         """prefix, items (one per row), targets [B, L, ...] and answers of these queries; candidates are drawn anew each time."""
         slots = self.config.candidates
+        drawn = zip(indices, rngs, strict=True)
+        return self.assemble(indices, [self.choose(self.examples[i], slots, rng) for i, rng in drawn])
+
+    def assemble(self, indices: np.ndarray, chosen: Sequence[np.ndarray]) -> Batch:
+        """The batch of these queries with these of their documents as candidates (one int [<= L] per query)."""
+        slots = self.config.candidates
         items: list[list[list[int]]] = []
         answers = np.full((len(indices), slots, self._answer_length), NO_TOKEN, np.int32)
         targets: dict[str, np.ndarray] = {}
-        for i, (index, rng) in enumerate(zip(indices, rngs, strict=True)):
+        for i, (index, places) in enumerate(zip(indices, chosen, strict=True)):
             example = self.examples[index]
-            chosen = self.choose(example, slots, rng)
-            items.append(self.pairs.items(example, chosen))
+            items.append(self.pairs.items(example, places))
             if example.answers is not None:
-                for slot, number in enumerate(chosen):
+                for slot, number in enumerate(places):
                     answer = example.answers[number]
                     items[-1][slot] = items[-1][slot] + list(answer)
                     answers[i, slot, : len(answer)] = answer
             for name, values in example.targets.items():
                 if name not in targets:
                     targets[name] = np.full((len(indices), slots, *values.shape[1:]), np.nan, np.float32)
-                targets[name][i, : len(chosen)] = values[chosen]
+                targets[name][i, : len(places)] = values[places]
         prefix = self.pairs.prefix([self.examples[index].query for index in indices])
         packed = pack_items(items, row_length=self._row_length, rows=slots, slots=slots, one_per_row=True)
         text = {"answers": answers} if self._answer_length else {}
@@ -272,14 +278,21 @@ class CrossEncoderTask(Task):
 
     def export(self, model: Any, folder: Path, config: TrainConfig) -> None:
         """Write the model with its contract."""
+        save_model(folder, model, self.contract(self.scorer(model), config), self.start.tokenizer)
+
+    def golden_pairs(self) -> tuple[list[Query], list[np.ndarray]]:
+        """Queries, and for each the row of one document, whose scores go into the contract."""
         queries = list(self.data.queries["dev"][:3])
-        rows = [np.array([i], np.int32) for i in range(len(queries))]
-        logits = self.scorer(model)(queries, rows)
+        return queries, [np.array([i], np.int32) for i in range(len(queries))]
+
+    def contract(self, scorer: RecordScorer, config: TrainConfig) -> Contract:
+        """The contract, with golden scores that the scorer gives now."""
+        queries, rows = self.golden_pairs()
         golden = tuple(
             Golden(query, self.data.documents[row[0]], tuple(float(x) for x in found[0]))
-            for query, row, found in zip(queries, rows, logits, strict=True)
+            for query, row, found in zip(queries, rows, scorer(queries, rows), strict=True)
         )
-        contract = Contract(
+        return Contract(
             kind=self.kind,
             architecture=self.start.architecture,
             prompts={"pair": self.config.prompt},
@@ -288,7 +301,6 @@ class CrossEncoderTask(Task):
             training=to_dict(config),
             golden=golden,
         )
-        save_model(folder, model, contract, self.start.tokenizer)
 
 
 def store_targets(

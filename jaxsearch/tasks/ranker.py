@@ -234,18 +234,12 @@ class RankerTask(CrossEncoderTask):
 
     # --- batches -------------------------------------------------------------------------------------------------
 
-    def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
+    def assemble(self, indices: np.ndarray, chosen: Sequence[np.ndarray]) -> Batch:
         """As for every cross-encoder; with live teachers also their inputs ("online") or what they say ("async")."""
-        # The same draws as the base class makes: a generator is used for nothing but `choose`.
-        again = [np.random.default_rng() for _ in rngs]
-        for copy, rng in zip(again, rngs, strict=True):
-            copy.bit_generator.state = rng.bit_generator.state
-        batch = super().batch(indices, rngs)
+        batch = super().assemble(indices, chosen)
         if not self._live:
             return batch
-        slots = self.config.candidates
-        examples = [self.examples[i] for i in indices]
-        chosen = [self.choose(e, slots, rng) for e, rng in zip(examples, again, strict=True)]
+        slots, examples = self.config.candidates, [self.examples[i] for i in indices]
         if self._ahead:
             scored = {self._target(i): ahead(examples, chosen, slots) for i, ahead in enumerate(self._ahead)}
             return {**batch, **scored}
@@ -292,8 +286,12 @@ class RankerTask(CrossEncoderTask):
 
     def loss(self, model: Any, batch: Batch, key: jax.Array) -> Losses:
         """Each teacher's term is a mean over what that teacher scored."""
-        config, logits = self.config, self.logits(student_of(model), batch)
-        targets, exists = self._targets(model, batch), jnp.asarray(batch["items"].where)
+        logits = self.logits(student_of(model), batch)
+        return Losses(self.teacher_terms(logits, self._targets(model, batch), batch))
+
+    def teacher_terms(self, logits: jax.Array, targets: Sequence[jax.Array], batch: Batch) -> dict[str, Mean]:
+        """The terms of the loss by name: those of the teachers' targets, and "truth" (logits [B, L, C])."""
+        config, exists = self.config, jnp.asarray(batch["items"].where)
         count = len(config.relevance_teachers)
         weights = config.teacher_weights or (1.0,) * len(targets)
         temperatures = config.temperatures or (1.0,) * len(targets)
@@ -313,7 +311,7 @@ class RankerTask(CrossEncoderTask):
         if "actions" in batch:
             done, n = self._action_term(logits, batch["actions"], exists, 1.0)
             terms["truth"] = ((1 - alpha) * config.truth_weight * done, n)
-        return Losses(terms)
+        return terms
 
     def _relevance_terms(
         self, log_odds: jax.Array, teacher: jax.Array, exists: jax.Array, temperature: float

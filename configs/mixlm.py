@@ -1,0 +1,84 @@
+"""MixLM, stage III (paper section 6): an encoder that turns a document into a few embeddings, and the ranker that reads them.
+
+Stage I is configs/judge.py, stage II configs/ranker.py; the teacher's scores are those that the stage II ranker gave:
+
+    python serve.py label --model runs/ranker/model --dataset job_market:tiny --output runs/ranker_scores --per-query 16
+    python train.py --config configs/mixlm.py:tiny --workdir runs/mixlm --task.model.init-from runs/ranker/model \
+        --task.encoder.init-from runs/retriever/model --task.labels runs/judge_labels \
+        --task.relevance-teachers runs/ranker_scores --task.engagement-teachers runs/ranker_scores
+    python serve.py encode --model runs/mixlm/model/encoder --dataset job_market:tiny --output runs/embeddings
+
+Hardware: tiny 2 CPU cores; smollm2_135m_8l (the first 8 layers of both) a GPU, or CPU cores and patience; qwen3_0_6b a TPU or GPU slice.
+"""
+
+from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig, pick
+from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.tasks.base import DataConfig, ModelConfig
+from jaxsearch.tasks.defaults import (
+    SERVED,
+    TINY_SERVED,
+    full_data,
+    smollm2_optimizer,
+    tiny_data,
+    tiny_optimizer,
+    tiny_prompt,
+)
+from jaxsearch.tasks.mixlm import MixLMConfig
+
+
+def _tiny() -> TrainConfig:
+    return TrainConfig(
+        name="mixlm",
+        task=MixLMConfig(
+            data=tiny_data(),
+            model=ModelConfig("tiny_student"),
+            prompt=tiny_prompt("ranker", TINY_SERVED),
+            encoder=ModelConfig("tiny_student"),
+            encoder_prompt=tiny_prompt("document"),
+            candidates=16,
+            alpha=0.7,
+        ),
+        steps=440,
+        batch_size=32,
+        optimizer=tiny_optimizer(),
+    )
+
+
+def _smollm2() -> TrainConfig:
+    """On real occupations, without actions. Start both models from folders of ours, or from SmolLM2-135M itself."""
+    return TrainConfig(
+        name="mixlm",
+        task=MixLMConfig(
+            data=DataConfig("onet_jobs"),
+            model=ModelConfig("smollm2_135m", layers=8),
+            prompt=PromptConfig("ranker", chat="chatml", max_document_tokens=128),
+            encoder=ModelConfig("smollm2_135m", layers=8),
+            encoder_prompt=PromptConfig("document", chat="chatml", max_document_tokens=128),
+            candidates=8,
+        ),
+        steps=600,
+        batch_size=16,
+        optimizer=smollm2_optimizer(),
+    )
+
+
+def _qwen3() -> TrainConfig:
+    return TrainConfig(
+        name="mixlm",
+        task=MixLMConfig(
+            data=full_data(),
+            model=ModelConfig("qwen3_0_6b", compute_dtype="bfloat16", remat="full"),
+            prompt=PromptConfig("ranker", chat="qwen3", features=SERVED),
+            encoder=ModelConfig("qwen3_0_6b", compute_dtype="bfloat16", remat="full"),
+            encoder_prompt=PromptConfig("document", chat="qwen3"),
+        ),
+        steps=4_000,
+        batch_size=128,
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
+        mesh=MeshConfig(fsdp=-1),
+    )
+
+
+def get_config(variant: str) -> TrainConfig:
+    """Variants: tiny, smollm2_135m_8l, qwen3_0_6b."""
+    return pick(variant, {"tiny": _tiny, "smollm2_135m_8l": _smollm2, "qwen3_0_6b": _qwen3})

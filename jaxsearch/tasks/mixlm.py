@@ -1,0 +1,499 @@
+"""MixLM, stage III: an encoder that turns documents into embeddings, and the ranker that reads them, trained together (paper section 6).
+
+Stage I (the judge's knowledge) is `tasks.judge`, stage II (the full-text ranker) `tasks.ranker`: the ranker starts from a stage II
+folder, the encoder from a retriever's. The loss is
+
+    L = sft_weight L_SFT + distill_weight L_distill + align_weight (pred_weight L_pred + hidden_weight L_hidden)
+
+- L_SFT: KL to the judge's labels or to the data set's grades, and with `truth_weight` what searchers did;
+- L_distill: KL to the stage II teachers' stored scores, of relevance and of every action;
+- L_pred: KL to what the ranker itself says of the full text, of relevance and of every action;
+- L_hidden: 1 - cosine between the hidden states that the two answers are read from.
+
+The full-text pass is a target in the last two: no gradient flows into it, or the ranker could meet its own embeddings half-way and read
+text worse. With `text_weight` the first two terms hold for the full text too, so that documents without an embedding are still read well.
+
+Axes: B queries, L candidates, M documents, S embeddings per document, W width of the ranker, C labels and actions.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsearch.config import ConfigError, TrainConfig, to_dict
+from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.data.records import ACTIONS
+from jaxsearch.losses import cosine_distance
+from jaxsearch.models.contract import CONTRACT_FILE, Contract, Golden, MixLMPart, load_model, save_model
+from jaxsearch.models.mixlm import DocumentEncoder, MixLM
+from jaxsearch.models.scorer import Scorer
+from jaxsearch.scoring.mixed import (
+    DocumentEmbedder,
+    MixedScorer,
+    OnDemand,
+    golden_numbers,
+    keep_fields,
+    no_embeddings,
+    shuffled,
+)
+from jaxsearch.scoring.packing import EmbeddedItem, PackedItems, assign_rows, packed_shape, place_items
+from jaxsearch.scoring.prefill import Prefix, answer_hidden, pad_prefixes, prefix_shape, read_labels
+from jaxsearch.scoring.records import action_log_odds, relevance_log_odds
+from jaxsearch.tasks.base import (
+    ModelConfig,
+    abstract_start,
+    check_prompt,
+    evaluation_lists,
+    load_start,
+    open_data,
+    ranking_metrics,
+)
+from jaxsearch.tasks.cross_encoder import CrossEncoderConfig, Example, PairTokens
+from jaxsearch.tasks.engagement_teacher import engagement_auroc
+from jaxsearch.tasks.ranker import RankerConfig, RankerTask
+from jaxsearch.tasks.teachers import Targets, stored_relevance
+from jaxsearch.training.step import Batch, Losses, Mean, Tools, TrainState, gradient_step
+
+CERTAIN = 0.98
+"""Probability that stands for the grade 4, and from 1 for the grade 0: neither has finite log-odds."""
+ENCODER_FOLDER = "encoder"
+"""Where the encoder lies in an exported ranker's folder."""
+
+
+@dataclass(frozen=True)
+class MixLMConfig(RankerConfig):
+    """Train encoder and ranker together. `model` is the ranker, `relevance_teachers` and `engagement_teachers` are stage II stores; a
+    ranker's own store may be both.
+    """
+
+    encoder: ModelConfig = field(default_factory=ModelConfig)
+    """Size and start of the encoder."""
+    encoder_prompt: PromptConfig = field(default_factory=lambda: PromptConfig("document"))
+    """Template that the encoder reads a document by; its tail is the last token that is kept."""
+    tokens: int = 1
+    """T_S, embeddings per document: the encoder's last hidden states."""
+    text_fields: tuple[str, ...] = ()
+    """Fields of a document that the ranker also reads as text, behind the embeddings."""
+    unique_documents: int = 0
+    """Room for different documents in a batch, per query; candidates beyond it are left out. 0: for all that can occur."""
+    labels: str = ""
+    """Score store of the judge, for L_SFT; empty: the data set's own grades."""
+    sft_weight: float = 1.0
+    """Of L_SFT."""
+    distill_weight: float = 1.0
+    """lambda_distill."""
+    align_weight: float = 1.0
+    """lambda_align."""
+    pred_weight: float = 1.0
+    """alpha of the alignment."""
+    hidden_weight: float = 1.0
+    """beta of the alignment."""
+    curriculum: float = 0.25
+    """Share of the steps in the first phase, which aligns alone; 0, or without alignment: one phase."""
+    align_after: float = 1.0
+    """Factor of `align_weight` in the second phase."""
+    text_weight: float = 0.0
+    """Weight of L_SFT and L_distill on the full text, in both phases; costs a backward pass through it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teachers != "stored":
+            raise ConfigError(f"task.teachers is {self.teachers!r}: MixLM learns from stores, use 'stored'")
+        if self.tokens < 1:
+            raise ConfigError(f"task.tokens is {self.tokens}: use at least 1 embedding per document")
+        if not 0 <= self.curriculum < 1:
+            raise ConfigError(f"task.curriculum is {self.curriculum}: give a share from 0 to below 1")
+        names = ("sft_weight", "distill_weight", "align_weight", "pred_weight", "hidden_weight")
+        for name in (*names, "align_after", "text_weight", "unique_documents"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"task.{name} is {getattr(self, name)}: give 0 or more")
+        if not (self.sft_weight or self.distill_weight or self.aligns):
+            raise ConfigError(
+                "task.sft_weight, distill_weight and align_weight are 0: there is nothing to learn"
+            )
+
+    @property
+    def aligns(self) -> bool:
+        """Whether there is an alignment term."""
+        return bool(self.align_weight and (self.pred_weight or self.hidden_weight))
+
+    def build(self, config: TrainConfig) -> "MixLMTask":
+        """The task on its data.
+
+        Raises:
+          ConfigError: L_distill without a teacher's store, or other settings that do not fit the data.
+        """
+        data = open_data(self.data)
+        if self.distill_weight and not self.relevance_teachers:
+            raise ConfigError(
+                "task.relevance_teachers is empty: give the stage II ranker's score store, or set task.distill-weight 0"
+            )
+        if self.engagement_teachers and not data.actions:
+            raise ConfigError(
+                f"data {self.data.name} has no impressions: leave task.engagement_teachers empty"
+            )
+        known = {name for document in data.documents for name in document.fields}
+        for name in self.text_fields:
+            if name not in known:
+                raise ConfigError(f"task.text_fields has {name!r}: documents have {', '.join(sorted(known))}")
+        heads = stage_two_heads(self.model.init_from)
+        actions = data.actions if self.engagement_teachers or self.truth_weight or heads else ()
+        if self.task_weights and len(self.task_weights) != len(actions):
+            raise ConfigError(
+                f"task.task_weights has {len(self.task_weights)} numbers: give one for each of {', '.join(actions)}"
+            )
+        return MixLMTask(self, config, data, actions, heads)
+
+    def build_abstract(self) -> "MixLMTask":
+        """The task without data and weights; with engagement teachers (of any name) it has the actions of jobs."""
+        return MixLMTask.abstract(self, ACTIONS["jobs"] if self.engagement_teachers else ())
+
+
+class Shares(NamedTuple):
+    """How much of each group of terms counts at a step."""
+
+    task: Any
+    """Of L_SFT and L_distill."""
+    align: Any
+
+
+def stage_two_heads(folder: str) -> dict[str, np.ndarray]:
+    """Action -> its head fp32 [D], of a ranker's model folder; nothing of anything else."""
+    if not folder or not (Path(folder) / CONTRACT_FILE).is_file():
+        return {}
+    model = load_model(folder)
+    if not isinstance(model.module, Scorer) or not model.contract.actions:
+        return {}
+    return dict(zip(model.contract.actions, np.asarray(model.module.action_head[...]), strict=True))
+
+
+def scaled(terms: Mapping[str, Mean], weight: Any, prefix: str = "") -> dict[str, Mean]:
+    """The terms times a weight, under longer names."""
+    return {f"{prefix}{name}": (weight * total, n) for name, (total, n) in terms.items()}
+
+
+class MixLMTask(RankerTask):
+    """Both models on the ranker's data; a document that occurs for several queries of a batch is encoded once."""
+
+    config: MixLMConfig
+    accumulable = False
+
+    def __init__(
+        self,
+        config: MixLMConfig,
+        train: TrainConfig,
+        data: Dataset,
+        actions: Sequence[str] = (),
+        heads: Mapping[str, np.ndarray] | None = None,
+    ):
+        self._labels: Targets = (
+            stored_relevance(config.labels, data) if config.labels and config.sft_weight else {}
+        )
+        self._heads = dict(heads or {})
+        super().__init__(config, train, data, actions)
+        self._labels = {}  # the examples hold them now
+        self._steps = train.steps
+        self.encoder_start = load_start(config.encoder, data)
+        tokenizer = self.encoder_start.tokenizer
+        self.encoder_room = check_prompt("encoder_prompt", config.encoder_prompt, "document", tokenizer)
+        self._texts = [part.ids for part in self.encoder_room.documents(data.documents)]
+        self._text_length = max(map(len, self._texts))
+        # The same queries and pairs, with documents of which nothing is left but the fields that stay text.
+        left = dataclasses.replace(data, documents=keep_fields(data.documents, config.text_fields))
+        self.mixed = PairTokens(self.room, left, self.examples)
+        self._mixed_length = config.tokens + self.mixed.item_length
+        self._documents = len({int(row) for example in self.examples for row in example.documents})
+        self._mixed_scorer: tuple[MixedScorer, OnDemand] | None = None
+
+    @classmethod
+    def abstract(cls, config: CrossEncoderConfig, actions: Sequence[str] = ()) -> Self:
+        """The task without examples (`TaskConfig.build_abstract`)."""
+        task = super().abstract(config, actions)
+        settings = task.config
+        task._heads, task._steps, task._documents = {}, 0, 0
+        task.encoder_start = abstract_start(settings.encoder)
+        tokenizer = task.encoder_start.tokenizer
+        task.encoder_room = check_prompt("encoder_prompt", settings.encoder_prompt, "document", tokenizer)
+        task._text_length = task.encoder_room.longest().document
+        longest = task.room.longest()
+        fields = longest.document if settings.text_fields else 0
+        task._mixed_length = settings.tokens + fields + longest.item - longest.document
+        return task
+
+    # --- examples and batches ------------------------------------------------------------------------------------
+
+    def make_examples(self) -> list[Example]:
+        """The ranker's, or all known pairs where there is no teacher; with labels for L_SFT as log-odds, NaN where there are none."""
+        if self._stores:
+            examples = super().make_examples()
+        else:
+            examples = [Example(p.query, p.documents, {}) for p in self.data.pairs if len(p.documents)]
+            if self.actions and self.config.truth_weight:
+                examples = self._with_actions(examples)
+        if not self.config.sft_weight:
+            return examples
+        graded = {} if self.config.labels else {p.query: p for p in self.data.pairs}
+        return [
+            example._replace(targets={**example.targets, "labels": self._label(example, graded)})
+            for example in examples
+        ]
+
+    def _label(self, example: Example, graded: Mapping[int, Any]) -> np.ndarray:
+        """fp32 [n, 1]."""
+        rows = example.documents.tolist()
+        if self.config.labels:
+            nothing = np.full(1, np.nan, np.float32)
+            return np.array([self._labels.get((example.query, row), nothing) for row in rows], np.float32)
+        known = dict(zip(graded[example.query].documents.tolist(), graded[example.query].grades, strict=True))
+        grades = np.array([known.get(row, -1) for row in rows], np.float32)
+        share = np.clip(grades / 4, 1 - CERTAIN, CERTAIN)
+        return np.where(grades >= 0, np.log(share / (1 - share)), np.nan)[:, None].astype(np.float32)
+
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As the ranker's, with the labels of L_SFT."""
+        return {**super().target_shapes(), **({"labels": (1,)} if self.config.sft_weight else {})}
+
+    def _room(self, queries: int) -> int:
+        """M, room for different documents in a batch of so many queries; a multiple of them."""
+        slots = self.config.candidates
+        return queries * (self.config.unique_documents or min(slots, -(-self._documents // queries) or slots))
+
+    def assemble(self, indices: np.ndarray, chosen: Sequence[np.ndarray]) -> Batch:
+        """The ranker's batch, and beside it the same candidates as embeddings:
+
+        documents (tokens [M, T]), each once; mixed, items whose embeddings are not there yet; gather int32 [B, L S], which of all
+        embeddings [M S] belong to a query's items in order.
+        """
+        examples, kept = [self.examples[i] for i in indices], self.config.tokens
+        chosen, places = self._share(examples, chosen)
+        room, slots = self._room(len(indices)), self.config.candidates
+        first = jax.process_index() * room  # a process builds a contiguous share of the batch
+        items, gather = [], np.zeros((len(indices), slots * kept), np.int32)
+        for i, (example, some) in enumerate(zip(examples, chosen, strict=True)):
+            rows = example.documents[some].tolist()
+            counts = [min(kept, len(self._texts[row])) for row in rows]
+            tails = self.mixed.items(example, some)
+            items.append(
+                [EmbeddedItem(np.zeros((n, 1)), tail) for n, tail in zip(counts, tails, strict=True)]
+            )
+            found = [
+                (first + places[row]) * kept + s
+                for row, n in zip(rows, counts, strict=True)
+                for s in range(n)
+            ]
+            gather[i, : len(found)] = found
+        mixed = place_items(
+            items,
+            [assign_rows(list(map(len, some)), self._mixed_length, one_per_row=True) for some in items],
+            row_length=self._mixed_length,
+            rows=slots,
+            slots=slots,
+            embeddings=slots * kept,
+            width=1,
+        )._replace(embeddings=None)
+        return {
+            **super().assemble(indices, chosen),
+            "mixed": mixed,
+            "documents": pad_prefixes(
+                [self._texts[row] for row in places], length=self._text_length, queries=room
+            ),
+            "gather": gather,
+        }
+
+    def _share(
+        self, examples: Sequence[Example], chosen: Sequence[np.ndarray]
+    ) -> tuple[list[np.ndarray], dict[int, int]]:
+        """The candidates that there is room for, first of all queries' first ones; document row -> place in the batch."""
+        room, places = self._room(len(examples)), dict[int, int]()
+        kept: list[list[int]] = [[] for _ in examples]
+        for slot in range(self.config.candidates):
+            for example, some, mine in zip(examples, chosen, kept, strict=True):
+                row = int(example.documents[some[slot]]) if slot < len(some) else -1
+                if row in places or (row >= 0 and len(places) < room):
+                    places.setdefault(row, len(places))
+                    mine.append(int(some[slot]))
+        return [np.array(mine, np.int64) for mine in kept], places
+
+    def batch_shape(self, size: int) -> Batch:
+        """As the ranker's, with documents and mixed items."""
+        slots, kept = self.config.candidates, self.config.tokens
+        mixed = packed_shape(size, slots, self._mixed_length, slots)
+        index: Any = jax.ShapeDtypeStruct((size, slots, self._mixed_length), np.int32)
+        return {
+            **super().batch_shape(size),
+            "mixed": mixed._replace(embedded=index),
+            "documents": prefix_shape(self._room(size), self._text_length),
+            "gather": jax.ShapeDtypeStruct((size, slots * kept), np.int32),
+        }
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    def init(self, rngs: nnx.Rngs) -> nnx.Module:
+        """A `MixLM` that starts as the config says; embeddings are as large as the ranker's own."""
+        ranker = super().init(rngs)
+        assert isinstance(ranker, Scorer)
+        if self.actions and self._heads:
+            rows = [
+                self._heads.get(name, row)
+                for name, row in zip(self.actions, ranker.action_head[...], strict=True)
+            ]
+            ranker.action_head.set_value(jnp.stack([jnp.asarray(row) for row in rows]))
+        encoder = DocumentEncoder(
+            self.encoder_start.architecture,
+            tokens=self.config.tokens,
+            width=self.start.architecture.width,
+            rngs=rngs,
+        )
+        if self.encoder_start.weights is not None:
+            nnx.update(encoder.decoder, nnx.state(self.encoder_start.weights))
+        encoder.fit_scale(ranker.decoder.embedding[...])
+        return MixLM(ranker, encoder)
+
+    @property
+    def first_phase(self) -> int:
+        """Steps of the first phase."""
+        return round(self.config.curriculum * self._steps) if self.config.aligns else 0
+
+    def shares(self, step: jax.Array | int) -> Shares:
+        """What counts after so many completed steps."""
+        later = jnp.asarray(step) >= self.first_phase
+        return Shares(jnp.where(later, 1.0, 0.0), jnp.where(later, self.config.align_after, 1.0))
+
+    def step(
+        self, state: TrainState, batch: Batch, key: jax.Array, tools: Tools
+    ) -> tuple[TrainState, Losses]:
+        """A gradient of the loss as it is in the step's phase."""
+        shares = self.shares(state.step)
+        return gradient_step(
+            lambda model, part, _: self.losses(model, part, shares), state, batch, key, tools
+        )
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array) -> Losses:
+        """All terms, as in the second phase."""
+        return self.losses(model, batch, Shares(1.0, self.config.align_after))
+
+    def embedded(self, model: MixLM, batch: Batch) -> PackedItems:
+        """The mixed items with the embeddings that the encoder gives now."""
+        documents: Prefix = batch["documents"]
+        found = model.encoder(jnp.asarray(documents.tokens), jnp.asarray(documents.where))
+        table = jnp.take(found.reshape(-1, found.shape[-1]), jnp.asarray(batch["gather"]), axis=0)
+        return batch["mixed"]._replace(embeddings=table)
+
+    def losses(self, model: Any, batch: Batch, shares: Shares) -> Losses:
+        """The terms whose weight is not 0, each a mean over what has a target."""
+        config, prefix, decoder = self.config, batch["prefix"], model.ranker.decoder
+        hidden = answer_hidden(decoder, prefix.tokens, prefix.where, self.embedded(model, batch))
+        logits = read_labels(model.ranker, hidden)
+        terms = scaled(self._task_terms(logits, batch), shares.task)
+        if config.aligns or config.text_weight:
+            full = answer_hidden(decoder, prefix.tokens, prefix.where, batch["items"])
+            full_logits = read_labels(model.ranker, full)
+            if config.text_weight:
+                terms |= scaled(self._task_terms(full_logits, batch), config.text_weight, "text_")
+            if config.aligns:
+                found = self._align_terms(hidden, logits, *jax.lax.stop_gradient((full, full_logits)), batch)
+                terms |= scaled(found, config.align_weight * shares.align)
+        return Losses(terms)
+
+    def _task_terms(self, logits: jax.Array, batch: Batch) -> dict[str, Mean]:
+        """L_SFT and L_distill (logits [B, L, C])."""
+        config, terms = self.config, dict[str, Mean]()
+        exists = jnp.asarray(batch["items"].where)
+        if config.sft_weight:
+            labels = jnp.asarray(batch["labels"])[..., 0]
+            found = self._relevance_terms(relevance_log_odds(logits), labels, exists, 1.0)
+            terms |= scaled(found, config.sft_weight, "sft_")
+        for name, mean in self.teacher_terms(logits, self._targets(None, batch), batch).items():
+            if weight := config.sft_weight if name == "truth" else config.distill_weight:
+                terms |= scaled({name: mean}, weight)
+        return terms
+
+    def _align_terms(
+        self, hidden: jax.Array, logits: jax.Array, full: jax.Array, full_logits: jax.Array, batch: Batch
+    ) -> dict[str, Mean]:
+        """alpha L_pred + beta L_hidden (hidden [B, L, W], logits [B, L, C])."""
+        config, terms = self.config, dict[str, Mean]()
+        exists = jnp.asarray(batch["items"].where)
+        if config.pred_weight:
+            share = config.alpha if self.actions else 1.0
+            found = self._relevance_terms(
+                relevance_log_odds(logits), relevance_log_odds(full_logits), exists, 1.0
+            )
+            terms |= scaled(found, config.pred_weight * share, "pred_")
+            if self.actions:
+                target = jax.nn.sigmoid(action_log_odds(full_logits))
+                found = {"engagement": self._action_term(logits, target, exists, 1.0)}
+                terms |= scaled(found, config.pred_weight * (1 - share), "pred_")
+        if config.hidden_weight:
+            apart = cosine_distance(hidden, full, where=exists, reduction="sum")
+            terms |= scaled({"hidden": (apart, jnp.sum(exists))}, config.hidden_weight)
+        return terms
+
+    # --- evaluation and export -----------------------------------------------------------------------------------
+
+    def scorer(self, model: Any) -> MixedScorer:
+        """The pair as it will be served, with embeddings made when they are asked for."""
+        config = self.config
+        if self._mixed_scorer is None:
+            embedder = DocumentEmbedder(model.encoder, self.encoder_start.tokenizer, config.encoder_prompt)
+            fetch = OnDemand(embedder, self.data.documents)
+            scorer = MixedScorer(
+                model.ranker,
+                self.start.tokenizer,
+                config.prompt,
+                self.data.documents,
+                fetch,
+                text_fields=config.text_fields,
+            )
+            self._mixed_scorer = scorer, fetch
+        scorer, fetch = self._mixed_scorer
+        scorer.prefill.update(model.ranker)
+        fetch.update(model.encoder)
+        scorer.fetch = fetch
+        return scorer
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Ranking metrics by embeddings, of the full text ("text/"), and with every document's embeddings swapped ("shuffled/")."""
+        queries, candidates = evaluation_lists(self.data, "dev", self.config.data.eval_queries)
+        scorer, rows = self.scorer(model), np.unique(np.concatenate(candidates))
+        ways = {"": scorer.fetch, "text/": no_embeddings, "shuffled/": shuffled(scorer.fetch, rows)}
+        figures: dict[str, float] = {}
+        for way, fetch in ways.items():
+            scorer.fetch = fetch
+            found = [self.relevance(logits) for logits in scorer(queries, candidates)]
+            metrics = ranking_metrics(self.data, queries, candidates, found)
+            figures |= {f"dev/{way}{name}": float(np.nanmean(values)) for name, values in metrics.items()}
+        if self.actions:
+            found_auroc = engagement_auroc(self, model, list(self.data.queries["dev"]))
+            figures |= {f"dev/auroc/{name}": value for name, value in found_auroc.items()}
+        return figures
+
+    def export(self, model: Any, folder: Path, config: TrainConfig) -> None:
+        """Write the ranker, which reads text as any other, and the encoder into a folder inside."""
+        tokens, width = self.config.tokens, self.start.architecture.width
+        queries, rows = self.golden_pairs()
+        scorer = self.scorer(model)
+        embeddings = [values for row in rows for values in scorer.fetch(row) if values is not None]
+        documents = [self.data.documents[row[0]] for row in rows]
+        encoder = Contract(
+            kind="encoder",
+            architecture=self.encoder_start.architecture,
+            prompts={"document": self.config.encoder_prompt},
+            training=to_dict(config),
+            golden=tuple(map(Golden, queries, documents, golden_numbers(embeddings))),
+            mixlm=MixLMPart(tokens, width),
+        )
+        digest = save_model(folder / ENCODER_FOLDER, model.encoder, encoder, self.encoder_start.tokenizer)
+        golden = tuple(tuple(float(x) for x in found[0]) for found in scorer(queries, rows))
+        part = MixLMPart(tokens, width, digest, tuple(self.config.text_fields), golden)
+        scorer.fetch = no_embeddings
+        contract = dataclasses.replace(self.contract(scorer, config), mixlm=part)
+        save_model(folder, model.ranker, contract, self.start.tokenizer)
