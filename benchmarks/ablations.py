@@ -421,8 +421,8 @@ def draw(path: Path, row: Row, figures: dict[str, dict[str, Any]]) -> None:
     clicks = {n: next(iter(f["auroc"].values())) for n, f in figures.items() if "auroc" in f}
     if row.name == "alpha":
         for name in names:
-            axes[0].scatter(clicks[name][0], figures[name]["ndcg@10"][0])
-            axes[0].annotate(name, (clicks[name][0], figures[name]["ndcg@10"][0]))
+            axes[0].scatter(clicks[name][0], figures[name]["ndcg@10"][0], label=name)
+        axes[0].legend()
         axes[0].set(xlabel="AUROC of the first action", ylabel="NDCG@10 (gain 2^g - 1)", title="alpha")
     for axis, values, name in ((axes[0], {n: figures[n]["ndcg@10"] for n in names}, "NDCG@10"), (axes[1], clicks, "AUROC")):  # fmt: skip
         if axis is axes[0] and row.name == "alpha":
