@@ -395,6 +395,9 @@ def test_templates() -> None:
     long = templates.description(600, lambda: 0.5, facts)
     assert 600 <= len(re.findall(r"\w+|[.,:]", long)) < 650
     assert "{" not in long
+    unskilled = templates.description(600, lambda: 0.5, {**facts, "skills": ()})
+    assert 600 <= len(re.findall(r"\w+|[.,:]", unskilled)) < 650
+    assert "{" not in unskilled
     names = templates.company_names(200, iter(np.linspace(0, 1, 200)).__next__)
     assert len(set(names)) == 200
     with pytest.raises(ValueError, match="companies is 201: at most 200"):

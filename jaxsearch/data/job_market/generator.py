@@ -312,7 +312,7 @@ class JobMarket:
         if name == "workplace":
             return weighted(rng, (1, 1, 1))
         if name == "skill":
-            return pick(rng, self.technologies[occupation])
+            return pick(rng, self.technologies[occupation]) if self.technologies[occupation] else None
         return pick(rng, self._hiring[occupation]) if self._hiring[occupation] else None
 
     def _variation(self, rng: random.Random, need: policy.Need) -> policy.Need:

@@ -77,6 +77,7 @@ def with_level(title: str, level: str) -> str:
 def description(words: int, draw: Draw, facts: Mapping[str, Any]) -> str:
     """Sentences from the templates until at least `words` words and punctuation marks are reached ("" for 0).
 
+    Sentences that name a skill are left out where `facts["skills"]` is empty: some occupations list no software.
     Whole rounds of shuffled sentences, so that a long text repeats a sentence only with other facts.
     """
     if words <= 4:
@@ -86,7 +87,10 @@ def description(words: int, draw: Draw, facts: Mapping[str, Any]) -> str:
     length = 0
     while length < words:
         for _, sentence in sorted((draw(), sentence) for sentence in _SENTENCES):
-            filled = sentence.format(**{**facts, "skill": skills[int(draw() * len(skills))]})
+            if not skills and "{skill}" in sentence:
+                continue
+            skill = skills[int(draw() * len(skills))] if skills else ""
+            filled = sentence.format(**{**facts, "skill": skill})
             chosen.append(filled)
             length += len(filled.split()) + sum(filled.count(mark) for mark in ".,:")
             if length >= words:
