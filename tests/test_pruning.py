@@ -19,7 +19,6 @@ from jaxsearch.compression.main import main
 from jaxsearch.compression.osscar import METHODS, Kept, best_weights, damped, reduce_map, relative_error
 from jaxsearch.compression.pruning import (
     Pruning,
-    check_output,
     cut_heads,
     layer_changes,
     prune_decoder,
@@ -32,7 +31,15 @@ from jaxsearch.data.records import ACTIONS
 from jaxsearch.data.tokenizer import LABELS
 from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Causal
-from jaxsearch.models.contract import Contract, Golden, Model, load_model, make_module, save_model
+from jaxsearch.models.contract import (
+    Contract,
+    Golden,
+    Model,
+    check_output,
+    load_model,
+    make_module,
+    save_model,
+)
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.models.presets import preset
 from jaxsearch.models.scorer import Scorer

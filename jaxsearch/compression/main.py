@@ -1,10 +1,9 @@
 """Command line of compression: `prune` a ranker or judge to a smaller one."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from jaxsearch.errors import InputError
+from jaxsearch.errors import exit_status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +59,7 @@ def _prune(options: argparse.Namespace) -> None:
     from jaxsearch.compression import pruning
     from jaxsearch.config import MeshConfig
     from jaxsearch.data.datasets import load_dataset
-    from jaxsearch.models.contract import load_model
+    from jaxsearch.models.contract import check_output, load_model
     from jaxsearch.training.sharding import make_mesh
 
     plan = pruning.Pruning(
@@ -74,7 +73,7 @@ def _prune(options: argparse.Namespace) -> None:
         swaps=options.swaps,
         seed=options.seed,
     )
-    output = pruning.check_output(options.output, options.model)
+    output = check_output(options.output, options.model)
     model = load_model(options.model)
     before = model.contract.architecture
     plan.apply(before)
@@ -106,13 +105,5 @@ def _prune(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, or 2 where the input cannot be used."""
     options = _parser().parse_args(argv)
-    try:
-        {"prune": _prune}[options.command](options)
-    except InputError as error:
-        print(f"jaxsearch.compression: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    command = {"prune": _prune}[options.command]
+    return exit_status("jaxsearch.compression", lambda: command(options))

@@ -5,7 +5,6 @@ layers before it, already pruned, hand on (`jaxsearch.compression.osscar`).
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxsearch.compression.calibration import Batch, Walk, Weights, choose_queri
 from jaxsearch.compression.osscar import METHODS, Kept, reduce_map, relative_error
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.errors import InputError
-from jaxsearch.models.contract import CONTRACT_FILE, Contract, Golden, Model, save_model
+from jaxsearch.models.contract import Contract, Golden, Model, save_model
 from jaxsearch.models.decoder import Decoder, DecoderConfig, layer_table
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.models.weights.huggingface import config_to_hf
@@ -313,17 +312,6 @@ def _golden(module: Scorer, model: Model) -> tuple[Golden, ...]:
     return tuple(
         replace(g, scores=tuple(float(x) for x in scores[0])) for g, scores in zip(golden, found, strict=True)
     )
-
-
-def check_output(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> Path:
-    """The folder to write, resolved; an `InputError` where it is the model's own or holds something that is no model."""
-    path = Path(output).resolve()
-    if path == Path(model).resolve():
-        raise InputError(f"output is {output}, which holds the model itself: give another folder")
-    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not empty and not (path / CONTRACT_FILE).is_file():
-        raise InputError(f"output is {output}, which is not empty and holds no model: give a new folder")
-    return path
 
 
 def save_pruned(output: Path, pruned: Pruned, model: Model) -> str:

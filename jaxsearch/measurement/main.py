@@ -1,12 +1,11 @@
 """Command line of measurement: `agreement` of a judge with precedents, and `run`, search quality by a judge."""
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxsearch.errors import InputError
+from jaxsearch.errors import InputError, exit_status
 
 if TYPE_CHECKING:
     from jaxsearch.data.records import Document, Query
@@ -175,13 +174,5 @@ def _records(options: argparse.Namespace) -> "tuple[Sequence[Query], Sequence[Do
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, or 2 where the input cannot be used."""
     options = _parser().parse_args(argv)
-    try:
-        {"agreement": _agreement, "run": _run}[options.command](options)
-    except InputError as error:
-        print(f"jaxsearch.measurement: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    command = {"agreement": _agreement, "run": _run}[options.command]
+    return exit_status("jaxsearch.measurement", lambda: command(options))

@@ -176,13 +176,32 @@ def save_model(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_model(folder: str | os.PathLike[str]) -> Model:
-    """Read a model folder.
+def check_output(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> Path:
+    """The folder to write a model to, resolved.
 
     Raises:
-      ContractError: it is missing, unfinished, damaged, of another format, or its parts do not fit each other.
+      ContractError: it is the folder of the model that is read, or holds something that is no model.
     """
-    root = Path(folder)
+    path = Path(output).resolve()
+    if path == Path(model).resolve():
+        raise ContractError(f"--output is {output}, which holds the model itself: give another folder")
+    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not empty and not (path / CONTRACT_FILE).is_file():
+        raise ContractError(f"--output is {output}, which is not empty and holds no model: give a new folder")
+    return path
+
+
+def read_contract(folder: str | os.PathLike[str]) -> Contract:
+    """The contract of a model folder alone; the files it speaks of are not looked at.
+
+    Raises:
+      ContractError: it is missing, damaged or of another format.
+    """
+    return _read_contract(Path(folder))[0]
+
+
+def _read_contract(root: Path) -> tuple[Contract, dict[str, str], str]:
+    """The contract, the checksums of the files beside it, and its own."""
     path = root / CONTRACT_FILE
     if not path.is_file():
         raise ContractError(f"{root} holds no {CONTRACT_FILE}: give the `model` folder of a finished run")
@@ -192,8 +211,20 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
         contract = _parse(values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ContractError(f"{path} cannot be used ({error}): export the model anew") from error
+    return contract, values["sha256"], hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_model(folder: str | os.PathLike[str]) -> Model:
+    """Read a model folder.
+
+    Raises:
+      ContractError: it is missing, unfinished, damaged, of another format, or its parts do not fit each other.
+    """
+    root = Path(folder)
+    path = root / CONTRACT_FILE
+    contract, checksums, digest = _read_contract(root)
     for name in (WEIGHTS_FILE, TOKENIZER_FILE):
-        if not (root / name).is_file() or _digest(root / name) != values["sha256"][name]:
+        if not (root / name).is_file() or _digest(root / name) != checksums[name]:
             raise ContractError(
                 f"{root / name} is missing or is not the file the contract was written for: copy the whole folder"
             )
@@ -218,7 +249,7 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
     # Shapes alone: whatever the contract claims, nothing is allocated that the file does not hold.
     module = nnx.eval_shape(lambda: make_module(contract, nnx.Rngs(0)))
     load_weights(module, tensors)
-    return Model(module, contract, tokenizer, hashlib.sha256(text.encode()).hexdigest())
+    return Model(module, contract, tokenizer, digest)
 
 
 def make_module(contract: Contract, rngs: nnx.Rngs) -> Scorer | BiEncoder | DocumentEncoder:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from jaxsearch.data.prompts import PromptConfig, PromptRoom
 from jaxsearch.data.records import Document, Query
 from jaxsearch.data.tokenizer import Tokenizer
-from jaxsearch.models.contract import GOLDEN_NUMBERS, ContractError, Model
+from jaxsearch.models.contract import GOLDEN_NUMBERS, ContractError, MixLMPart, Model
 from jaxsearch.models.mixlm import DocumentEncoder
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.packing import EmbeddedItem, Item
@@ -188,19 +188,25 @@ def make_mixed_scorer(ranker: Model, documents: Sequence[Document], fetch: Fetch
     Raises:
       ContractError: a ranker that reads no embeddings.
     """
+    part = _mixlm_part(ranker)
+    assert isinstance(ranker.module, Scorer)  # `_mixlm_part` refuses anything else
+    return MixedScorer(
+        ranker.module,
+        ranker.tokenizer,
+        ranker.contract.prompts["pair"],
+        documents,
+        fetch,
+        text_fields=part.text_fields,
+    )
+
+
+def _mixlm_part(ranker: Model) -> MixLMPart:
     contract = ranker.contract
     if contract.kind != "ranker" or contract.mixlm is None or not isinstance(ranker.module, Scorer):
         raise ContractError(
             f"this {contract.kind} reads no embeddings: give the model folder of a MixLM ranker"
         )
-    return MixedScorer(
-        ranker.module,
-        ranker.tokenizer,
-        contract.prompts["pair"],
-        documents,
-        fetch,
-        text_fields=contract.mixlm.text_fields,
-    )
+    return contract.mixlm
 
 
 def check_pair(ranker: Model, encoder: Model) -> None:
@@ -210,13 +216,10 @@ def check_pair(ranker: Model, encoder: Model) -> None:
       ContractError: another encoder, or models that are no such pair.
     """
     make_document_embedder(encoder)
-    if ranker.contract.mixlm is None or ranker.contract.kind != "ranker":
+    wanted = _mixlm_part(ranker).encoder
+    if wanted != encoder.hash:
         raise ContractError(
-            f"this {ranker.contract.kind} reads no embeddings: give the model folder of a MixLM ranker"
-        )
-    if ranker.contract.mixlm.encoder != encoder.hash:
-        raise ContractError(
-            f"the ranker reads embeddings of encoder {ranker.contract.mixlm.encoder[:12]}, this is {encoder.hash[:12]}: "
+            f"the ranker reads embeddings of encoder {wanted[:12]}, this is {encoder.hash[:12]}: "
             "give the encoder that was exported with it"
         )
 

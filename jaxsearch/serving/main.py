@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxsearch.errors import InputError
+from jaxsearch.errors import InputError, exit_status
 
 if TYPE_CHECKING:
     from jaxsearch.scoring.utility import UtilityConfig
@@ -111,16 +111,12 @@ def _calibrate(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from jaxsearch.data.datasets import load_dataset
-    from jaxsearch.models.contract import CONTRACT_FILE, load_model, save_model
+    from jaxsearch.models.contract import check_output, load_model, save_model
     from jaxsearch.retrieval.common import new_folder
     from jaxsearch.scoring.calibration import calibrate, compare, draw_reliability, observe
 
     output = Path(options.output)
-    if output.resolve() == Path(options.model).resolve():
-        raise InputError(f"--output is {output}, which holds the model itself: give another folder")
-    empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not empty and not (output / CONTRACT_FILE).is_file():
-        raise InputError(f"--output is {output}, which is not empty and holds no model: give a new folder")
+    check_output(output, options.model)
     if options.report and not Path(options.report).resolve().parent.is_dir():
         raise InputError(f"--report is {options.report}: there is no such folder")
     data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
@@ -218,19 +214,14 @@ def _label(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, or 2 where the input cannot be used."""
     options = _parser().parse_args(argv)
-    try:
-        commands = {
-            "build": _build,
-            "batch": _batch,
-            "calibrate": _calibrate,
-            "encode": _encode,
-            "label": _label,
-        }
-        commands[options.command](options)
-    except InputError as error:
-        print(f"serve.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    commands = {
+        "build": _build,
+        "batch": _batch,
+        "calibrate": _calibrate,
+        "encode": _encode,
+        "label": _label,
+    }
+    return exit_status("serve.py", lambda: commands[options.command](options))
 
 
 if __name__ == "__main__":

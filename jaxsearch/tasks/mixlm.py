@@ -32,7 +32,7 @@ from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.data.records import ACTIONS
 from jaxsearch.losses import cosine_distance
-from jaxsearch.models.contract import CONTRACT_FILE, Contract, Golden, MixLMPart, load_model, save_model
+from jaxsearch.models.contract import CONTRACT_FILE, Contract, Golden, MixLMPart, read_contract, save_model
 from jaxsearch.models.mixlm import DocumentEncoder, MixLM
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.mixed import (
@@ -144,13 +144,13 @@ class MixLMConfig(RankerConfig):
         for name in self.text_fields:
             if name not in known:
                 raise ConfigError(f"task.text_fields has {name!r}: documents have {', '.join(sorted(known))}")
-        heads = stage_two_heads(self.model.init_from)
-        actions = data.actions if self.engagement_teachers or self.truth_weight or heads else ()
+        learned = self.engagement_teachers or self.truth_weight or knows_actions(self.model.init_from)
+        actions = data.actions if learned else ()
         if self.task_weights and len(self.task_weights) != len(actions):
             raise ConfigError(
                 f"task.task_weights has {len(self.task_weights)} numbers: give one for each of {', '.join(actions)}"
             )
-        return MixLMTask(self, config, data, actions, heads)
+        return MixLMTask(self, config, data, actions)
 
     def build_abstract(self) -> "MixLMTask":
         """The task without data and weights; with engagement teachers (of any name) it has the actions of jobs."""
@@ -165,14 +165,10 @@ class Shares(NamedTuple):
     align: Any
 
 
-def stage_two_heads(folder: str) -> dict[str, np.ndarray]:
-    """Action -> its head fp32 [D], of a ranker's model folder; nothing of anything else."""
-    if not folder or not (Path(folder) / CONTRACT_FILE).is_file():
-        return {}
-    model = load_model(folder)
-    if not isinstance(model.module, Scorer) or not model.contract.actions:
-        return {}
-    return dict(zip(model.contract.actions, np.asarray(model.module.action_head[...]), strict=True))
+def knows_actions(checkpoint: str) -> bool:
+    """Whether it is the model folder of a ranker with action heads; `init` then starts from them."""
+    folder = Path(checkpoint)
+    return (folder / CONTRACT_FILE).is_file() and bool(read_contract(folder).actions)
 
 
 def scaled(terms: Mapping[str, Mean], weight: Any, prefix: str = "") -> dict[str, Mean]:
@@ -192,12 +188,10 @@ class MixLMTask(RankerTask):
         train: TrainConfig,
         data: Dataset,
         actions: Sequence[str] = (),
-        heads: Mapping[str, np.ndarray] | None = None,
     ):
         self._labels: Targets = (
             stored_relevance(config.labels, data) if config.labels and config.sft_weight else {}
         )
-        self._heads = dict(heads or {})
         super().__init__(config, train, data, actions)
         self._labels = {}  # the examples hold them now
         self._steps = train.steps
@@ -218,7 +212,7 @@ class MixLMTask(RankerTask):
         """The task without examples (`TaskConfig.build_abstract`)."""
         task = super().abstract(config, actions)
         settings = task.config
-        task._heads, task._steps, task._documents = {}, 0, 0
+        task._steps, task._documents = 0, 0
         task.encoder_start = abstract_start(settings.encoder)
         tokenizer = task.encoder_start.tokenizer
         task.encoder_room = check_prompt("encoder_prompt", settings.encoder_prompt, "document", tokenizer)
@@ -340,12 +334,6 @@ class MixLMTask(RankerTask):
         """A `MixLM` that starts as the config says; embeddings are as large as the ranker's own."""
         ranker = super().init(rngs)
         assert isinstance(ranker, Scorer)
-        if self.actions and self._heads:
-            rows = [
-                self._heads.get(name, row)
-                for name, row in zip(self.actions, ranker.action_head[...], strict=True)
-            ]
-            ranker.action_head.set_value(jnp.stack([jnp.asarray(row) for row in rows]))
         encoder = DocumentEncoder(
             self.encoder_start.architecture,
             tokens=self.config.tokens,
