@@ -14,7 +14,7 @@ key/value cache expanded by hand).
 One JSON line each: workload, impl, mode, dtype, items and scored (a sample where a call would take too long),
 items_per_s, tokens_per_s, mfu (FLOPs of the linear layers and of causal attention that the mode needs, without padding,
 over the best matmul rate of the run), p50_ms, p95_ms, p99_ms (null under 200 calls), calls, padding, max_abs_diff of
-log-odds to the plain fp32 path.
+log-odds to the plain fp32 path, and of peers batch_tokens, the fastest batch size of those tried.
 """
 
 import argparse
@@ -116,6 +116,12 @@ def expected(scorer: Scorer, request: Request, most: int = 8) -> np.ndarray:
     return np.array(found)
 
 
+def largest_difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Of the log-odds that both hold."""
+    size = min(len(found), len(wanted))
+    return float(np.abs(found[:size] - wanted[:size]).max())
+
+
 def our_mode(
     scorer: Scorer, w: Workload, mode: str, request: Request
 ) -> tuple[Callable[[], np.ndarray], Any]:
@@ -152,11 +158,16 @@ def timed(call: Callable[[], Any], calls: int) -> list[float]:
     return seconds
 
 
+def shares(impl: str, mode: str) -> bool:
+    """Whether the prefix is computed once for all items."""
+    return mode in ("shared_prefix", "packed", "expanded") or impl == "vllm"
+
+
 def row(
     name: str, w: Workload, config: DecoderConfig, impl: str, mode: str, dtype: str, seconds: list[float]
 ) -> dict:
     """The figures of one line, but those that need the rate of the run."""
-    items, shared = w.sample or w.items, mode in ("shared_prefix", "packed", "expanded") or impl == "vllm"
+    items, shared = w.sample or w.items, shares(impl, mode)
     median = float(np.median(seconds))
     percentiles = np.percentile(seconds, [95, 99]) * 1e3 if len(seconds) >= 200 else (None, None)
     tokens = items * w.tokens + w.prefix * (1 if shared else items)
@@ -171,19 +182,20 @@ def row(
 def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
     """Every workload and mode."""
     for name in options.workloads:
-        w = WORKLOADS[name]
-        request = make_request(w, scorer.decoder.config)
-        wanted = expected(scorer, request)
+        whole = WORKLOADS[name]
+        wanted = expected(scorer, make_request(whole, scorer.decoder.config))
         for dtype in options.dtypes:
             model = scorer
             if dtype != "float32":
                 model = nnx.clone(scorer)
                 model.decoder = with_config(scorer.decoder, compute_dtype=dtype)
             for mode in options.modes:
-                if w.embeddings and mode in ("naive", "batched"):
+                if whole.embeddings and mode in ("naive", "batched"):
                     continue
+                w = whole.of_mode(shares("ours", mode))
+                request = make_request(w, scorer.decoder.config)
                 call, prefill = our_mode(model, w, mode, request)
-                difference = float(np.abs(call()[: len(wanted)] - wanted).max())
+                difference = largest_difference(call(), wanted)
                 compiled = prefill and prefill.compiled_shapes
                 found = row(name, w, scorer.decoder.config, "ours", mode, dtype, timed(call, options.calls))
                 if prefill and prefill.compiled_shapes != compiled:
@@ -197,15 +209,16 @@ def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
 def run_peer(scorer: Scorer, impl: str, folder: str, options: argparse.Namespace) -> Iterator[dict]:
     """A peer's modes on every workload of token items."""
     for name in options.workloads:
-        w = WORKLOADS[name]
-        if w.embeddings:
+        whole = WORKLOADS[name]
+        if whole.embeddings:
             continue
-        request = make_request(w, scorer.decoder.config)
-        wanted = expected(scorer, request)
+        wanted = expected(scorer, make_request(whole, scorer.decoder.config))
         path = Path(folder) / "requests.json"
-        values = {"prefix": request.prefix, "items": request.items, "labels": LABELS, "calls": options.calls}
-        path.write_text(json.dumps(values))
         for mode, dtype in PEERS[impl]:
+            w = whole.of_mode(shares(impl, mode))
+            prefix, items = make_request(w, scorer.decoder.config)
+            values = {"prefix": prefix, "items": items, "labels": LABELS, "calls": options.calls}
+            path.write_text(json.dumps(values))
             command = [
                 options.peer_python,
                 str(Path(__file__).with_name("peers.py")),
@@ -224,8 +237,12 @@ def run_peer(scorer: Scorer, impl: str, folder: str, options: argparse.Namespace
                 continue
             answer = json.loads(line.removeprefix("RESULT "))
             found = row(name, w, scorer.decoder.config, impl, mode, dtype, answer["seconds"])
-            difference = float(np.abs(np.array(answer["log_odds"])[: len(wanted)] - wanted).max())
-            yield found | {"padding": 0.0, "max_abs_diff": difference}
+            difference = largest_difference(np.array(answer["log_odds"]), wanted)
+            yield found | {
+                "padding": 0.0,
+                "max_abs_diff": difference,
+                "batch_tokens": answer["batch_tokens"],
+            }
 
 
 def make_scorer(options: argparse.Namespace) -> Scorer:

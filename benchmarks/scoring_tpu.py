@@ -5,16 +5,16 @@
 Needs `pip install "jax[tpu]==0.10.2"`, best in an environment of its own. Per workload and chip: FLOPs of the model
 (linear layers and causal attention, no padding), bytes that must move (weights once, and per layer the residual stream,
 keys and values), memory of the compiled program against the chip's, and the bound in items/s/chip that follows from the
-chip's peak rates: whichever takes longer, compute or bandwidth. A bound, not a forecast: no program reaches the peak
-rates. Weights and activations are bf16; items are packed in rows of about 128 tokens or one per row; the Pallas kernel
-computes the attention.
+chip's peak rates (`jaxsearch/aot/chips.py`): whichever takes longer, compute or bandwidth. A bound, not a forecast: no
+program reaches the peak rates. Weights and activations are bf16; items are packed in rows of about 128 tokens or one per
+row; the Pallas kernel computes the attention.
 """
 
 import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
@@ -26,6 +26,7 @@ from jax.experimental import topologies
 from record import append
 from workloads import WORKLOADS, Workload, flops
 
+from jaxsearch.aot.chips import find_chip
 from jaxsearch.models.attention import BACKENDS
 from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.models.presets import preset
@@ -33,24 +34,8 @@ from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.packing import PackedItems
 from jaxsearch.scoring.prefill import score
 
-
-class Chip(NamedTuple):
-    """Peak rates of one chip, as commonly quoted; not checked against the vendor's pages yet."""
-
-    topology: str
-    flops: float
-    """bf16, per second."""
-    bandwidth: float
-    """HBM bytes per second."""
-    memory: float
-    """HBM bytes."""
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 197e12, 819e9, 16e9),
-    "v6e": Chip("v6e:2x2", 918e12, 1640e9, 32e9),
-    "v5p": Chip("v5p:2x2x1", 459e12, 2765e9, 95e9),
-}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
+"""Of each chip the smallest slice; one of its devices is compiled for."""
 
 
 def arrays(w: Workload, width: int, sharding: Any) -> tuple[Any, Any, PackedItems]:
@@ -82,9 +67,10 @@ def moved(c: DecoderConfig, w: Workload) -> float:
     return 2 * (weights + tokens * (per_token + c.width))
 
 
-def compile_for(chip: Chip, c: DecoderConfig, w: Workload, backend: str) -> dict[str, float]:
+def compile_for(topology: str, c: DecoderConfig, w: Workload, backend: str) -> dict[str, float]:
     """The figures of one workload on one chip."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices[0]
+    chip = find_chip(topology)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     scorer = nnx.eval_shape(lambda: Scorer(c, label_ids=(9454, 2753), actions=0, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(scorer)
@@ -98,12 +84,12 @@ def compile_for(chip: Chip, c: DecoderConfig, w: Workload, backend: str) -> dict
     memory = program.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     work, traffic = flops(c, w, w.items, shared=True), moved(c, w)
-    compute, bandwidth = work / chip.flops, traffic / chip.bandwidth
+    compute, bandwidth = work / chip.flops, traffic / chip.hbm_bandwidth
     return {
         "flops": work,
         "bytes": traffic,
         "memory_bytes": peak,
-        "fits": bool(peak < chip.memory),
+        "fits": bool(peak < chip.hbm_bytes),
         "bound": "compute" if compute >= bandwidth else "bandwidth",
         "bound_items_per_s": w.items / max(compute, bandwidth),
         "bound_ms": 1e3 * max(compute, bandwidth),
@@ -113,7 +99,7 @@ def compile_for(chip: Chip, c: DecoderConfig, w: Workload, backend: str) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--preset", default="qwen3_0_6b")
     parser.add_argument("--backend", choices=BACKENDS, default="pallas")
     parser.add_argument("--jsonl", type=Path, help="append the results to this file")
@@ -122,7 +108,7 @@ def main() -> None:
     rows = []
     for name in options.workloads:
         for chip in options.chips:
-            found = compile_for(CHIPS[chip], c, WORKLOADS[name], options.backend)
+            found = compile_for(TOPOLOGIES[chip], c, WORKLOADS[name], options.backend)
             rows.append(
                 {"workload": name, "chip": chip, "model": options.preset, "backend": options.backend, **found}
             )

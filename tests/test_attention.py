@@ -158,7 +158,7 @@ def test_blocks_of_queries_change_nothing(block, monkeypatch):
     segments = np.array([[[1, 1, 1, 1, 2, 2, 0], [1] * 7], [[1, 2, 2, 3, 3, 3, 3], [0] * 7]], np.int32)
     packed, causal = PrefixPacked(prefix_where, segments), Causal(where)
     whole = packed(q, k, v, (prefix_k, prefix_v))[0], causal(q, k, v, None)[0]
-    monkeypatch.setattr(attention_module, "BLOCK", block)
+    monkeypatch.setattr(attention_module, "LARGEST_BLOCK", block)
     blocked = packed(q, k, v, (prefix_k, prefix_v))[0], causal(q, k, v, None)[0]
     for one, two in zip(whole, blocked, strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
@@ -173,7 +173,8 @@ def test_masked_keys_are_not_computed(monkeypatch):
         return lowered.compile().cost_analysis()["flops"]
 
     blocked = flops()
-    monkeypatch.setattr(attention_module, "BLOCK", 1024)
+    for name in ("LARGEST_BLOCK", "SMALLEST_BLOCK"):
+        monkeypatch.setattr(attention_module, name, 1024)
     assert blocked < 0.75 * flops()  # the masks cost some, too
 
 

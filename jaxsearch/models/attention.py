@@ -7,6 +7,7 @@ items, T tokens, P prefix tokens, C keys or cache slots, N query heads, K key/va
 size.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,9 +19,9 @@ from jax import Array
 from jaxsearch.errors import InputError
 from jaxsearch.models.tpu_attention import attend_packed
 
-# So many queries at a time meet the keys up to the last of them: what is masked beyond is never computed. Smaller
-# blocks gained nothing on a CPU.
-BLOCK = 256
+# So many queries at a time meet the keys up to the last of them: what is masked beyond is never computed. On a CPU three
+# blocks of a row of 150 tokens save a tenth of its time; blocks below these are slower for what they save.
+LARGEST_BLOCK, SMALLEST_BLOCK = 256, 48
 
 BACKENDS = ("xla", "fused", "pallas", "pallas_interpret")
 
@@ -95,8 +96,10 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def _blocks(length: int) -> list[slice]:
-    """The queries in blocks of at most `BLOCK`."""
-    return [slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    """The queries in even blocks: three of a short row, as many as it takes of a long one."""
+    parts = max(1, min(3, length // SMALLEST_BLOCK), math.ceil(length / LARGEST_BLOCK))
+    size = max(1, math.ceil(length / parts))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["where"], meta_fields=["keep_kv"])
