@@ -92,16 +92,19 @@ def sentence_transformers(folder: str, dtype: str, mode: str, request: Request) 
     made = LlamaForSequenceClassification.from_pretrained(folder, num_labels=1)
     with torch.no_grad():
         made.score.weight[:] = (language.lm_head.weight[yes] - language.lm_head.weight[no])[None]
-    vocabulary = {str(i): i for i in range(made.config.vocab_size)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
+    vocabulary = {f"<{i}>": i for i in range(made.config.vocab_size)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.config.pad_token_id = 0
     with tempfile.TemporaryDirectory() as copy:
         made.save_pretrained(copy)
-        PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="0").save_pretrained(copy)
+        PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>").save_pretrained(copy)
         encoder = CrossEncoder(copy, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
-    text = " ".join(map(str, request["prefix"]))
-    pairs = [(text, " ".join(map(str, item))) for item in request["items"]]
+    words = lambda tokens: " ".join(f"<{token}>" for token in tokens)  # noqa: E731
+    pairs = [(words(request["prefix"]), words(item)) for item in request["items"]]
+    sizes = {len(ids) for ids in encoder.tokenizer(*zip(*pairs, strict=True))["input_ids"]}
+    if sizes != {len(request["prefix"]) + len(item) for item in request["items"]}:
+        raise ValueError(f"the texts have {sizes} tokens: another number than the request's")
     length = len(request["prefix"]) + len(request["items"][0])
 
     def score() -> list[float]:
@@ -122,6 +125,7 @@ def vllm(folder: str, dtype: str, mode: str, request: Request) -> Score:
     longest = len(request["prefix"]) + len(request["items"][0]) + 16
     model = LLM(
         folder, dtype=dtype, skip_tokenizer_init=True, enable_prefix_caching=True, max_model_len=longest,
+        logprobs_mode="processed_logprobs",
         max_num_batched_tokens=max(8192, longest), max_num_seqs=256,
     )  # fmt: skip
     yes, no = request["labels"]
