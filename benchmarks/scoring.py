@@ -68,9 +68,10 @@ class Request(NamedTuple):
 
 
 def make_request(w: Workload, config: DecoderConfig, seed: int = 0) -> Request:
-    """Random tokens, and embeddings of the size of the table's rows."""
+    """Random tokens, and embeddings of the size of the table's rows; a smaller sample is a part of a larger one."""
     random = np.random.default_rng(seed)
     draw = partial(random.integers, 0, config.vocab_size)
+    prefix = draw(size=w.prefix).tolist()
     items: list[Any] = []
     for _ in range(w.sample or w.items):
         tokens = draw(size=w.tokens - w.embeddings).tolist()
@@ -79,7 +80,7 @@ def make_request(w: Workload, config: DecoderConfig, seed: int = 0) -> Request:
             items.append(EmbeddedItem(own, tokens))
         else:
             items.append(tokens)
-    return Request(draw(size=w.prefix).tolist(), items)
+    return Request(prefix, items)
 
 
 def plain(scorer: Scorer) -> Callable[[Any], jax.Array]:
