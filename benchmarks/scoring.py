@@ -216,6 +216,8 @@ def run_peer(scorer: Scorer, impl: str, folder: str, options: argparse.Namespace
         wanted = expected(scorer, make_request(whole, scorer.decoder.config))
         path = Path(folder) / "requests.json"
         for mode, dtype in PEERS[impl]:
+            if dtype not in options.peer_dtypes:
+                continue
             w = whole.of_mode(shares(impl, mode))
             prefix, items = make_request(w, scorer.decoder.config)
             values = {"prefix": prefix, "items": items, "labels": LABELS, "calls": options.calls}
@@ -273,6 +275,10 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument(
+        "--peer-dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"],
+        help="bfloat16 takes minutes a call on cores without it",
+    )  # fmt: skip
+    parser.add_argument(
         "--calls", type=int, default=0, help="calls per row; default: 200 or, of over a second, 5"
     )
     parser.add_argument(
@@ -294,16 +300,20 @@ def main() -> None:
         (4096, c.width, c.heads * c.head_dim),
     ]
     best = best_matmul_gflops(shapes)
-    rows = []
+    common = {"command": " ".join(["python", *sys.argv]), "machine": describe()}
 
     def keep(found: Iterator[dict]) -> None:
+        """Write each row at once: a peer that hangs costs no other row."""
+        nonlocal best
         for one in found:
-            rows.append(one)
+            best = max(best, best_matmul_gflops(shapes))
+            one["mfu"] = one.pop("gflops") / best
             print(
                 f"{one['workload']:12s} {one['impl']:22s} {one['mode']:14s} {one['dtype']:9s} {one['items_per_s']:9.2f} items/s "
-                f"{one['gflops']:7.1f} GFLOP/s  padding {one['padding']:.3f}  diff {one['max_abs_diff']:.1e}",
+                f"mfu {one['mfu']:.2f} of {best:.0f} GFLOP/s  padding {one['padding']:.3f}  diff {one['max_abs_diff']:.1e}",
                 flush=True,
             )
+            append(options.jsonl, [one | common | {"best_matmul_gflops": best}])
 
     if "ours" in options.impl:
         keep(run_ours(scorer, options))
@@ -313,15 +323,6 @@ def main() -> None:
             huggingface.save_decoder(scorer.decoder, folder)
         for impl in peers:
             keep(run_peer(scorer, impl, folder, options))
-    best = max(best, best_matmul_gflops(shapes))
-    common = {"command": " ".join(["python", *sys.argv]), "machine": describe(), "best_matmul_gflops": best}
-    for one in rows:
-        one["mfu"] = one.pop("gflops") / best
-        print(
-            f"{one['workload']:12s} {one['impl']:22s} {one['mode']:14s} {one['dtype']:9s} mfu {one['mfu']:.2f}"
-        )
-    print(f"best matmul rate {best:.0f} GFLOP/s")
-    append(options.jsonl, [one | common for one in rows])
 
 
 if __name__ == "__main__":
