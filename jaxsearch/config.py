@@ -130,10 +130,37 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 writes one at the end only."""
     keep: int = 2
     """How many of the latest checkpoints stay on disk."""
+    best: str = ""
+    """Metric of the evaluations, the higher the better ("dev/ndcg@10"): the state with the best one is kept apart, and exported at the end.
+    Empty: the last state is."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "checkpoint.every", self.every, "zero or more")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "one or more")
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What happens when a step goes wrong."""
+
+    on_bad_step: str = "stop"
+    """A loss or gradient that is not finite, or a spike: "stop" names the step and its examples; "skip" leaves the parameters as they
+    were and counts it in the metric `skipped`."""
+    spike_factor: float = 0.0
+    """A loss above this many times its running mean is a bad step too; 0: only what is not finite is."""
+    skip_limit: int = 10
+    """Under "skip", more bad steps in a row than this stop the run."""
+    watchdog_seconds: float = 0.0
+    """Longest time a step may take before the run ends with all stacks and exit code 76 (the first step, evaluations and checkpoints:
+    ten times as long); the loop then waits for every step. 0: no watchdog."""
+
+    def __post_init__(self) -> None:
+        _require(self.on_bad_step in ("stop", "skip"), "faults.on_bad_step", self.on_bad_step, "stop or skip")
+        factor = self.spike_factor
+        _require(factor == 0 or factor > 1, "faults.spike_factor", factor, "zero, or more than one")
+        _require(self.skip_limit >= 0, "faults.skip_limit", self.skip_limit, "zero or more")
+        seconds = self.watchdog_seconds
+        _require(0 <= seconds < float("inf"), "faults.watchdog_seconds", seconds, "zero or more")
 
 
 @dataclass(frozen=True)
@@ -154,6 +181,8 @@ class TrainConfig:
     """How the devices are laid out."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoint cadence."""
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    """Bad steps and steps that never end."""
     accumulation: int = 1
     """Microbatches one step is computed in; the result equals one big batch."""
     seed: int = 0

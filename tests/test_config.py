@@ -109,7 +109,7 @@ def test_to_dict_is_json_and_names_the_task() -> None:
     assert values["task"]["names"] == ["a"]
     assert values["task"]["data"] == {"examples": 24}
     assert values["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
-    assert values["checkpoint"] == {"every": 0, "keep": CheckpointConfig().keep}
+    assert values["checkpoint"] == {"every": 0, "keep": CheckpointConfig().keep, "best": ""}
 
 
 def test_pick_takes_the_first_without_a_name() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints of the training state, and the check that a resumed run is still the same experiment."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxsearch.config import CheckpointConfig, ConfigError, TrainConfig, to_dict
+from jaxsearch.errors import InputError
 
-MAY_DIFFER = ("name", "steps", "log_every", "eval_every", "checkpoint", "mesh", "accumulation")
+MAY_DIFFER = ("name", "steps", "log_every", "eval_every", "checkpoint", "faults", "mesh", "accumulation")
 """Fields that a resumed run may change: they decide how long and on what it runs, not what is learnt."""
 
 
@@ -44,12 +46,16 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     ]
 
 
+class CheckpointError(InputError):
+    """A checkpoint that cannot be read; the message names its folder."""
+
+
 class Checkpoints:
-    """Checkpoints below `workdir/checkpoints`; half-written ones are ignored.
+    """Checkpoints below `workdir/checkpoints`, the best below `workdir/best`; half-written ones are ignored.
 
     Args:
         workdir: folder of the run.
-        config: how many are kept.
+        config: how many are kept, and by which metric the best is chosen.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
@@ -59,6 +65,16 @@ class Checkpoints:
             enable_async_checkpointing=jax.default_backend() != "cpu",
         )
         self._config_file = workdir / "config.json"
+        self._metric = config.best
+        self._best: ocp.CheckpointManager | None = None
+        if config.best:
+            chosen = ocp.CheckpointManagerOptions(
+                max_to_keep=1,
+                best_fn=lambda metrics: metrics[config.best],
+                best_mode="max",
+                enable_async_checkpointing=False,
+            )
+            self._best = ocp.CheckpointManager((workdir / "best").absolute(), options=chosen)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
     def latest(self) -> int | None:
@@ -87,6 +103,33 @@ class Checkpoints:
         if step != self.latest():
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
+    def offer(self, step: int, state: Any, metrics: Mapping[str, float]) -> None:
+        """Keep this state apart if no other had a better metric; nothing without `checkpoint.best`.
+
+        Raises:
+            ConfigError: the evaluation has no such metric.
+        """
+        if self._best is None:
+            return
+        if self._metric not in metrics:
+            raise ConfigError(
+                f"checkpoint.best is {self._metric!r}, the evaluation has {', '.join(sorted(metrics))}: choose one of these"
+            )
+        value = float(metrics[self._metric])
+        if math.isfinite(value) and step not in self._best.all_steps():
+            own = {self._metric: value}
+            self._best.save(step, args=ocp.args.StandardSave(state), metrics=own)
+
+    def best(self) -> int | None:
+        """Return the number of steps in the best checkpoint."""
+        return self._best.best_step() if self._best else None
+
+    def restore_best(self, like: Any) -> Any:
+        """Return the best state; see `restore`."""
+        step = self.best()
+        assert self._best is not None and step is not None
+        return _restore(self._best, step, like)
+
     def restore(self, step: int, like: Any) -> Any:
         """Return the state after `step` steps.
 
@@ -94,11 +137,28 @@ class Checkpoints:
             step: one that `latest` returned.
             like: arrays of the wanted structure, shapes, dtypes and shardings; the mesh may differ from
                 the saved one.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds other arrays; names the folder.
         """
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        return _restore(self._manager, step, like)
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        for manager in filter(None, (self._manager, self._best)):
+            manager.wait_until_finished()
+            manager.close()
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    try:
+        return manager.restore(step, args=ocp.args.StandardRestore(target))
+    except jax.errors.JaxRuntimeError:
+        raise  # the devices' fault, not the file's
+    except Exception as error:  # whatever the storage library finds wrong with a file
+        first = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise CheckpointError(
+            f"the checkpoint {manager.directory / str(step)} cannot be read ({first}): it is damaged, or made by other code. "
+            "Delete that folder to go on from the one before it, or start in a new workdir"
+        ) from error

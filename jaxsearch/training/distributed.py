@@ -83,16 +83,24 @@ def _number(name: str, value: Any) -> int:
         raise ConfigError(f"{name} is {value!r}: give a whole number") from None
 
 
-def start(processes: Processes | None) -> None:
+def start(processes: Processes | None, heartbeat: int = 100) -> None:
     """Join the others, before any other use of JAX; nothing for a process alone.
 
+    Args:
+        processes: which there are.
+        heartbeat: seconds without a sign of life after which one counts as gone.
+
     Raises:
-        ConfigError: they cannot be reached, or the cluster cannot be made out.
+        ConfigError: a heartbeat of no seconds; they cannot be reached, or the cluster cannot be made out.
     """
     if processes is None:
         return
+    if heartbeat < 1:
+        raise ConfigError(f"--heartbeat is {heartbeat}: give a whole number of seconds, at least 1")
     try:
-        jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
+        jax.distributed.initialize(
+            processes.coordinator, processes.count, processes.index, heartbeat_timeout_seconds=heartbeat
+        )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cannot join the other processes ({str(error).splitlines()[0]}): start every one of them, with the same "

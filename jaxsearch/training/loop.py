@@ -18,6 +18,8 @@ from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.data.pipeline import Pipeline
 from jaxsearch.training.checkpoints import Checkpoints
 from jaxsearch.training.distributed import check_agreement, on_host
+from jaxsearch.training.health import choose, examine, first_health
+from jaxsearch.training.interruption import PATIENCE, Preempted, StopRequest, Watchdog, leave_lost
 from jaxsearch.training.optimizer import learning_rate, make_optimizer
 from jaxsearch.training.sharding import (
     make_mesh,
@@ -33,7 +35,7 @@ from jaxsearch.training.writers import MetricsWriter, Progress
 
 log = logging.getLogger(__name__)
 
-RESERVED = ("step", "kind", "lr", "grad_norm")
+RESERVED = ("step", "kind", "lr", "grad_norm", "skipped")
 
 
 class Trainer:
@@ -47,11 +49,12 @@ class Trainer:
 
     Attributes:
         mesh: devices.
+        faults: what is done about bad steps.
         state: the current state; a step consumes it.
     """
 
     def __init__(self, config: TrainConfig, task: Task, mesh: Mesh, *, abstract: bool = False) -> None:
-        self._config, self._task, self.mesh = config, task, mesh
+        self._config, self._task, self.mesh, self.faults = config, task, mesh, config.faults
         self._put = put_abstract if abstract else jax.device_put
         with jax.default_device(_host()):
             rngs = nnx.Rngs(config.seed)
@@ -84,6 +87,7 @@ class Trainer:
             grad_norm=self._put(np.float32(0), whole),
             window={},
             bad_step=self._put(np.int32(0), whole),
+            health=self._put(first_health(), whole),
         )
 
     def _whole(self, rest: Any) -> Any:
@@ -101,9 +105,15 @@ class Trainer:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for `models.decoder.split_batch`
             new, losses = self._task.step(state, batch, key, self._tools(frozen))
         values = _values(losses, new.grad_norm)
-        finite = jnp.isfinite(values["loss"][0]) & jnp.isfinite(new.grad_norm)
-        bad = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
-        return dataclasses.replace(new, step=state.step + 1, bad_step=bad), values
+        faults = self._config.faults
+        good, health, stop = examine(faults, state.health, values["loss"][0], new.grad_norm)
+        bad = jnp.where((state.bad_step == 0) & stop, state.step + 1, state.bad_step)
+        if faults.on_bad_step == "skip":
+            new, values = choose(good, (new, values), (state, jax.tree.map(jnp.zeros_like, values)))
+            values["skipped"] = (jnp.float32(~good), jnp.float32(1))
+        return dataclasses.replace(
+            new, step=state.step + 1, bad_step=bad, health=health, window=state.window
+        ), values
 
     def _windowed(self, state: TrainState, frozen: Any, batch: Batch) -> TrainState:
         new, values = self._step(state, frozen, batch)
@@ -203,14 +213,27 @@ def check_layout(config: TrainConfig, task: Task, mesh: Mesh) -> None:
 
 
 def _stop_if_bad(trainer: Trainer, task: Task, pipeline: Pipeline) -> None:
-    """Raise if any step so far was not finite; waits for the devices."""
+    """Raise if a step so far was bad, or too many in a row were; waits for the devices."""
     bad = int(trainer.state.bad_step)
     if bad:
         ids = task.example_ids(pipeline.indices(bad - 1))
         raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {bad}, on the examples {', '.join(ids)}; "
-            "no checkpoint was written since"
+            f"the loss or its gradient is not finite{_spike(trainer)} at step {bad}, on the examples {', '.join(ids)}; "
+            "no checkpoint was written since. Lower optimizer.learning_rate, look at these examples, or set "
+            "faults.on_bad_step to skip"
         )
+
+
+def _spike(trainer: Trainer) -> str:
+    faults = trainer.faults
+    text = (
+        f", or above {faults.spike_factor:g} times its running mean (faults.spike_factor),"
+        if faults.spike_factor
+        else ""
+    )
+    if faults.on_bad_step == "skip":
+        text += f" for more than faults.skip_limit = {faults.skip_limit} steps in a row, the last"
+    return text
 
 
 def _export(task: Task, model: nnx.Module, workdir: Path, config: TrainConfig) -> None:
@@ -239,8 +262,9 @@ def run(
 
     Raises:
         ConfigError: the configuration does not fit the task, the mesh or the run in `workdir`.
-        FloatingPointError: a loss or gradient that is not finite; names step and examples. Nothing is
-            saved after it.
+        CheckpointError: the checkpoint to go on from cannot be read; names its folder.
+        FloatingPointError: a bad step under `faults`; names step and examples. Nothing is saved after it.
+        Preempted: SIGTERM came; the state after the last step is saved.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -270,18 +294,35 @@ def run(
     writer = MetricsWriter(workdir, step=start, log_every=config.log_every, enabled=first)
     stop = min(stop_at or config.steps, config.steps)
     try:
-        _train(config, task, trainer, pipeline, checkpoints, writer, start, stop)
+        with StopRequest() as request, Watchdog(config.faults.watchdog_seconds) as watchdog:
+            _train(config, task, trainer, pipeline, checkpoints, writer, start, stop, request, watchdog)
         if stop < config.steps:
             return {}
-        final = task.evaluate(trainer.model())
+        final = _finish(config, task, trainer, checkpoints)
         writer.write("final", stop, final)
         model = trainer.model()
         if first:
             _export(task, model, workdir, config)
         return final
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1:
+            leave_lost(error)
+        raise
     finally:
         writer.close()
         checkpoints.close()
+
+
+def _finish(config: TrainConfig, task: Task, trainer: Trainer, checkpoints: Checkpoints) -> dict[str, float]:
+    """Evaluate the last state, and the best one if that is another, which then is the trainer's."""
+    final = task.evaluate(trainer.model())
+    checkpoints.offer(config.steps, trainer.state, final)
+    best = checkpoints.best()
+    if best is None or best == config.steps:
+        return final
+    trainer.state = checkpoints.restore_best(trainer.state)
+    log.info("exporting the state after step %d, the best by %s", best, config.checkpoint.best)
+    return task.evaluate(trainer.model())
 
 
 def _train(
@@ -293,6 +334,8 @@ def _train(
     writer: MetricsWriter,
     start: int,
     stop: int,
+    request: StopRequest,
+    watchdog: Watchdog,
 ) -> None:
     schedule = learning_rate(config)
     progress = Progress(config.name, start, config.steps, config.batch_size, jax.process_index() == 0)
@@ -304,6 +347,10 @@ def _train(
             waited = time.perf_counter() - before
             trainer.step(put_batch(batch, trainer.mesh))
             progress.advance(waited, pipeline.ahead)
+            if config.faults.watchdog_seconds:
+                jax.block_until_ready(trainer.state.step)
+                watchdog.alive()
+            preempted = request.due(step)
             if step == start + 1:
                 _stop_if_bad(trainer, task, pipeline)
                 progress.restart()  # leaves compilation out of the rate
@@ -317,12 +364,21 @@ def _train(
                 progress.restart()
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 _stop_if_bad(trainer, task, pipeline)
-                writer.write("eval", step, task.evaluate(trainer.model()))
+                watchdog.alive(PATIENCE)
+                figures = task.evaluate(trainer.model())
+                writer.write("eval", step, figures)
+                checkpoints.offer(step, trainer.state, figures)
+                watchdog.alive()
                 progress.restart()
             # Last, so that a checkpoint never stands for a step whose rows are still missing.
-            if step == stop or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            regular = config.checkpoint.every and step % config.checkpoint.every == 0
+            if step == stop or regular or preempted:
                 _stop_if_bad(trainer, task, pipeline)
+                watchdog.alive(PATIENCE)
                 checkpoints.save(step, trainer.state)
+                watchdog.alive()
                 progress.restart()
+            if preempted and step < stop:
+                raise Preempted(f"stopped by SIGTERM; saved after step {step}, start it again to go on")
     finally:
         progress.close()

@@ -10,7 +10,7 @@ from jaxsearch.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trainer; returns 0, or 2 for a configuration that cannot be used."""
+    """Run the trainer; returns 0, 1 for a bad step, 2 for input that cannot be used, 75 after SIGTERM (saved)."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train one stage. Every field of the configuration is an option; "
@@ -26,6 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, in a job of several processes")
     parser.add_argument("--processes", help="how many there are; auto: as Cloud TPU, GKE or SLURM say")
     parser.add_argument("--process-id", type=int, help="number of this one")
+    parser.add_argument(
+        "--heartbeat",
+        type=int,
+        default=100,
+        help="seconds without a sign of life after which a process counts as gone",
+    )
     known, overrides = parser.parse_known_args(argv)
     if known.config is None:
         parser.print_help(sys.stdout if known.help else sys.stderr)
@@ -36,14 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--workdir is missing: name a folder for the run")
         # Only here: JAX takes seconds to load, a mistyped option should not.
         from jaxsearch.training.distributed import find_processes, start
+        from jaxsearch.training.interruption import EXIT_PREEMPTED, Preempted
         from jaxsearch.training.loop import run
 
-        start(find_processes(known.coordinator, known.processes, known.process_id))
+        start(find_processes(known.coordinator, known.processes, known.process_id), known.heartbeat)
         logger, handler = logging.getLogger("jaxsearch"), logging.StreamHandler()
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         try:
             final = run(config, known.workdir)
+        except Preempted as stopped:
+            print(f"train.py: {stopped}", file=sys.stderr)
+            return EXIT_PREEMPTED
         finally:
             logger.removeHandler(handler)
     except InputError as error:

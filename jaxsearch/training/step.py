@@ -84,7 +84,9 @@ class TrainState:
     window: dict[str, Mean]
     """Sums since the last row of metrics."""
     bad_step: jax.Array
-    """First step whose loss or gradient was not finite; 0 while there is none."""
+    """Step that the run must stop at (its loss or gradient is not finite, or a spike); 0 while there is none."""
+    health: Any
+    """Running mean of the losses and bad steps in a row (`health.Health`)."""
 
 
 @dataclass(frozen=True)
