@@ -4,7 +4,8 @@
 #   tpu_setup/resume.sh --zone us-west4-a --type v5litepod-16 --mount 10.0.0.2:/share \
 #       -- train.py --config configs/ranker.py:qwen3_0_6b --workdir /mnt/jaxsearch/runs/ranker --checkpoint.every 200
 #
-# Ends with the command's success, when it fails on a slice that is still there (a fault of its own), or after --tries slices.
+# Ends with the command's success, when it fails on a slice that is still there (a fault of its own), or after --tries tries. Exit codes
+# 75 to 77 (saved at SIGTERM, stalled, a process lost) are no fault of its own: it is started again on the same slice.
 # The workdir must outlive the slice: a share (--mount). The slice is deleted at the end.
 #
 # Options:
@@ -43,9 +44,15 @@ fi
 for ((try = 1; try <= TRIES; try++)); do
   echo "slice $try of at most $TRIES" >&2
   if "$HERE/create.sh" "${common[@]}" --type "$TYPE" "${TERMS[@]}" && "$HERE/install.sh" "${common[@]}" "${MOUNT[@]}"; then
-    status=0
-    "$HERE/run.sh" "${common[@]}" --foreground -- "$@" || status=$?
-    if ((!DRY_RUN && status)) && [[ $(state) == ACTIVE ]]; then
+    status=75
+    while ((status >= 75 && status <= 77 && try <= TRIES)) && { ((DRY_RUN)) || [[ $(state) == ACTIVE ]]; }; do
+      status=0
+      "$HERE/run.sh" "${common[@]}" --foreground -- "$@" || status=$?
+      if ((status >= 75 && status <= 77)); then
+        try=$((try + 1))
+      fi
+    done
+    if ((!DRY_RUN && status && (status < 75 || status > 77))) && [[ $(state) == ACTIVE ]]; then
       echo "the command failed with status $status on a slice that is still there: look at logs.sh, then start again" >&2
       exit "$status"
     fi

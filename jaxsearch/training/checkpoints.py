@@ -127,7 +127,8 @@ class Checkpoints:
     def restore_best(self, like: Any) -> Any:
         """Return the best state; see `restore`."""
         step = self.best()
-        assert self._best is not None and step is not None
+        assert self._best is not None
+        assert step is not None
         return _restore(self._best, step, like)
 
     def restore(self, step: int, like: Any) -> Any:
