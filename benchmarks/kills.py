@@ -2,9 +2,10 @@
 
     python benchmarks/kills.py --jsonl benchmarks/results/kills.jsonl
 
-One process, killed --kills times (SIGTERM and SIGKILL in turn) at random moments and started again each time: its exported parameters are
-compared with those of an uninterrupted run, byte for byte. Two processes on localhost: their losses against those of one; then one of two is
-killed with SIGKILL in mid-run: how long the other lives, how it ends, and what one process that goes on from the checkpoint arrives at.
+One process, killed --kills times (SIGTERM and SIGKILL in turn) at random moments and started again each time: its exported
+parameters are compared with those of an uninterrupted run, byte for byte. Two processes on localhost: their losses against those
+of one; then one of two is killed with SIGKILL in mid-run: how long the other lives, how it ends, and what one process that goes on
+from the checkpoint arrives at.
 
 One JSON line each, `kind` kills, two_processes or lost_process.
 """

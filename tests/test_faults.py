@@ -57,9 +57,9 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(tmp_path: Path) -> None
 
 
 def test_a_bad_step_is_skipped_and_counted(tmp_path: Path) -> None:
-    """Example 5 is met once in three steps of 8 out of 24; the steps without it learn."""
-    task = ToyConfig(poison=5 + 2)
-    with pytest.raises(FloatingPointError, match="set faults.on_bad_step to skip"):
+    """Example 7 is in one of three steps of 8 out of 24; the others learn."""
+    task = ToyConfig(poison=7)
+    with pytest.raises(FloatingPointError, match=r"set faults.on_bad_step to skip"):
         run(toy_config(task=task, steps=6, log_every=3), tmp_path / "stop")
     skip = FaultsConfig(on_bad_step="skip")
     run(toy_config(task=task, steps=6, log_every=3, faults=skip), tmp_path / "skip")

@@ -91,7 +91,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() > self._deadline:
-                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                faulthandler.dump_traceback(all_threads=True)
                 _leave(
                     f"no step finished within faults.watchdog_seconds = {self._seconds:g}: the stacks of all threads stand above. "
                     "Start it again, it goes on from the last checkpoint; raise the limit if steps take that long",
@@ -109,5 +109,5 @@ def leave_lost(error: Exception) -> NoReturn:
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    print(f"train.py: {message}", file=sys.__stderr__, flush=True)
+    print(f"train.py: {message}", file=sys.stderr, flush=True)
     os._exit(status)
