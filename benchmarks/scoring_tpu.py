@@ -5,7 +5,7 @@
 Needs `pip install "jax[tpu]==0.10.2"`, best in an environment of its own. Per workload and chip: FLOPs of the model
 (linear layers and causal attention, no padding), bytes that must move (weights once, and per layer the residual stream,
 keys and values), memory of the compiled program against the chip's, and the bound in items/s/chip that follows from the
-chip's peak rates (`jaxsearch/aot/chips.py`): whichever takes longer, compute or bandwidth. A bound, not a forecast: no
+chip's peak rates (`jaxsearch/training/chips.py`): whichever takes longer, compute or bandwidth. A bound, not a forecast: no
 program reaches the peak rates. Weights and activations are bf16; items are packed in rows of about 128 tokens or one per
 row; the Pallas kernel computes the attention.
 """
@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from record import append
 from workloads import WORKLOADS, Workload, flops
 
-from jaxsearch.aot.chips import find_chip
+from jaxsearch.training.chips import find_chip
 from jaxsearch.models.attention import BACKENDS
 from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.models.presets import preset

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,11 +192,26 @@ class TrainConfig:
     """Steps between rows of metrics; a non-finite loss is found here at the latest."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
+    profile: str = ""
+    """FIRST:COUNT traces so many steps into `workdir/profile`, for XProf; SIGUSR1 traces five at any time. Empty: none."""
+    peak_flops: float = 0.0
+    """FLOP/s of one device at most, for the metric `mfu`; 0: what is published of TPU chips, and no `mfu` elsewhere."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "one or more")
         _require(self.eval_every >= 0, "eval_every", self.eval_every, "zero or more")
+        _require(self.peak_flops >= 0, "peak_flops", self.peak_flops, "zero or more")
+        _require(
+            not self.profile or bool(re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,3}", self.profile)),
+            "profile",
+            self.profile,
+            "FIRST:COUNT, such as 20:5, or nothing",
+        )
+        best = self.checkpoint.best
+        _require(
+            not best or self.eval_every > 0, "checkpoint.best", best, "nothing, or eval_every above zero"
+        )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 2**32 - 1")
         decay = self.decay_steps
         _require(
@@ -210,6 +226,12 @@ class TrainConfig:
             self.accumulation,
             f"a divisor of batch_size {self.batch_size}",
         )
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First step to trace and how many."""
+        first, _, count = self.profile.partition(":")
+        return (int(first), int(count)) if count else None
 
     @property
     def decay_steps(self) -> int:

@@ -13,8 +13,8 @@ from toy_task import ToyTask, toy_config
 
 import jaxsearch.tasks.ranker
 from jaxsearch.aot.check import _needed, bounds, trace_step
-from jaxsearch.aot.chips import Chip, find_chip
-from jaxsearch.aot.flops import count_flops
+from jaxsearch.training.chips import Chip, find_chip
+from jaxsearch.training.flops import count_flops
 from jaxsearch.aot.hlo import Collective, Work, read_work
 from jaxsearch.aot.main import main
 from jaxsearch.config import ConfigError, MeshConfig, load_config

@@ -119,7 +119,7 @@ def test_rows_are_means_over_their_window(tmp_path: Path) -> None:
     assert pairs[1]["grad_norm"] == pytest.approx((each[2]["grad_norm"] + each[3]["grad_norm"]) / 2, rel=1e-6)
     assert pairs[2]["loss"] == pytest.approx(each[4]["loss"], rel=1e-6)
     assert pairs[1]["lr"] == each[3]["lr"]
-    assert {*TIMING, "step", "kind", "loss", "mae", "grad_norm", "lr"} == set(pairs[0])
+    assert {*TIMING, "step", "kind", "loss", "mae", "grad_norm", "lr"} == {*pairs[0], "mfu", "memory_gib"}
     assert 0 <= pairs[2]["data_wait"] <= 1
     assert pairs[1]["examples_per_s"] > 0
     assert list((tmp_path / "two" / "tensorboard").glob("events*"))

@@ -9,8 +9,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxsearch.aot.chips import Chip, find_chip
-from jaxsearch.aot.flops import count_flops
+from jaxsearch.training.chips import Chip, find_chip
+from jaxsearch.training.flops import count_flops
 from jaxsearch.aot.hlo import Work, read_work
 from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.scoring.buckets import Buckets

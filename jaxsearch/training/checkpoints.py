@@ -13,7 +13,9 @@ import orbax.checkpoint as ocp
 from jaxsearch.config import CheckpointConfig, ConfigError, TrainConfig, to_dict
 from jaxsearch.errors import InputError
 
-MAY_DIFFER = ("name", "steps", "log_every", "eval_every", "checkpoint", "faults", "mesh", "accumulation")
+MAY_DIFFER = (
+    "name", "steps", "log_every", "eval_every", "checkpoint", "faults", "mesh", "accumulation", "profile", "peak_flops",
+)  # fmt: skip
 """Fields that a resumed run may change: they decide how long and on what it runs, not what is learnt."""
 
 

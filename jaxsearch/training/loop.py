@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.data.pipeline import Pipeline
 from jaxsearch.training.checkpoints import Checkpoints
 from jaxsearch.training.distributed import check_agreement, on_host
+from jaxsearch.training.flops import count_flops
 from jaxsearch.training.health import choose, examine, first_health
 from jaxsearch.training.interruption import PATIENCE, Preempted, StopRequest, Watchdog, leave_lost
 from jaxsearch.training.optimizer import learning_rate, make_optimizer
+from jaxsearch.training.profile import Profiler
 from jaxsearch.training.sharding import (
     make_mesh,
     optimizer_shardings,
@@ -31,6 +33,7 @@ from jaxsearch.training.sharding import (
 )
 from jaxsearch.training.step import Batch, Losses, Mean, Tools, TrainState, split_model
 from jaxsearch.training.task import Task
+from jaxsearch.training.throughput import count_tokens, peak_memory, total_peak
 from jaxsearch.training.writers import MetricsWriter, Progress
 
 log = logging.getLogger(__name__)
@@ -246,6 +249,14 @@ def _export(task: Task, model: nnx.Module, workdir: Path, config: TrainConfig) -
     os.replace(temporary, folder)
 
 
+class Guards(NamedTuple):
+    """What looks on while the steps run."""
+
+    request: StopRequest
+    watchdog: Watchdog
+    profiler: Profiler
+
+
 def run(
     config: TrainConfig, workdir: str | Path, *, task: Task | None = None, stop_at: int | None = None
 ) -> dict[str, float]:
@@ -294,8 +305,13 @@ def run(
     writer = MetricsWriter(workdir, step=start, log_every=config.log_every, enabled=first)
     stop = min(stop_at or config.steps, config.steps)
     try:
-        with StopRequest() as request, Watchdog(config.faults.watchdog_seconds) as watchdog:
-            _train(config, task, trainer, pipeline, checkpoints, writer, start, stop, request, watchdog)
+        with (
+            StopRequest() as request,
+            Watchdog(config.faults.watchdog_seconds) as watchdog,
+            Profiler(workdir / "profile", config.profiled) as profiler,
+        ):
+            guards = Guards(request, watchdog, profiler)
+            _train(config, task, trainer, pipeline, checkpoints, writer, start, stop, guards)
         if stop < config.steps:
             return {}
         final = _finish(config, task, trainer, checkpoints)
@@ -334,19 +350,24 @@ def _train(
     writer: MetricsWriter,
     start: int,
     stop: int,
-    request: StopRequest,
-    watchdog: Watchdog,
+    guards: Guards,
 ) -> None:
+    request, watchdog, profiler = guards
     schedule = learning_rate(config)
     progress = Progress(config.name, start, config.steps, config.batch_size, jax.process_index() == 0)
     batches = pipeline.batches(start, stop)
+    peak, flops = total_peak(config.peak_flops), 0.0
     try:
         for step in range(start + 1, stop + 1):
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
-            trainer.step(put_batch(batch, trainer.mesh))
-            progress.advance(waited, pipeline.ahead)
+            profiler.before(step, trainer.state)
+            placed = put_batch(batch, trainer.mesh)
+            if peak and not flops:
+                flops = count_flops(trainer.trace(placed).jaxpr)
+            trainer.step(placed)
+            progress.advance(waited, pipeline.ahead, count_tokens(batch) * jax.process_count())
             if config.faults.watchdog_seconds:
                 jax.block_until_ready(trainer.state.step)
                 watchdog.alive()
@@ -356,7 +377,9 @@ def _train(
                 progress.restart()  # leaves compilation out of the rate
             if step % config.log_every == 0 or step == config.steps:
                 _stop_if_bad(trainer, task, pipeline)
-                row = trainer.window() | {"lr": float(schedule(step - 1))} | progress.timing()
+                row = trainer.window() | {"lr": float(schedule(step - 1))} | progress.timing() | peak_memory()
+                if peak:
+                    row["mfu"] = flops / row["step_seconds"] / peak
                 writer.write("train", step, row)
                 progress.show(step, row)
                 if step % config.log_every == 0:

@@ -11,7 +11,9 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-TIMING = ("examples_per_s", "data_wait", "batches_ahead", "seconds")
+TIMING = (
+    "examples_per_s", "tokens_per_s", "step_seconds", "data_wait", "batches_ahead", "seconds", "mfu", "memory_gib",
+)  # fmt: skip
 """Keys of a row that tell how fast, not what: they differ between two runs of one experiment."""
 
 
@@ -98,15 +100,18 @@ class Progress:
         self._count = 0
         self._waited = 0.0
         self._ahead = 0
+        self._tokens = 0
 
-    def advance(self, waited: float, ahead: int = 0) -> None:
+    def advance(self, waited: float, ahead: int = 0, tokens: int = 0) -> None:
         """Count a step.
 
         Args:
             waited: seconds it waited for its batch.
             ahead: batches that were ready behind it.
+            tokens: how many its batch has, padding left out.
         """
         self._count += 1
+        self._tokens += tokens
         self._waited += waited
         self._ahead += ahead
         self._bar.update()
@@ -117,6 +122,8 @@ class Progress:
         elapsed = max(now - self._since, 1e-9)
         return {
             "examples_per_s": self._count * self._batch_size / elapsed,
+            "tokens_per_s": self._tokens / elapsed,
+            "step_seconds": elapsed / max(self._count, 1),
             "data_wait": self._waited / elapsed,
             "batches_ahead": self._ahead / max(self._count, 1),
             "seconds": now - self._began,
