@@ -26,13 +26,13 @@ from jax.experimental import topologies
 from record import append
 from workloads import WORKLOADS, Workload, flops
 
-from jaxsearch.training.chips import find_chip
 from jaxsearch.models.attention import BACKENDS
 from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.models.presets import preset
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.packing import PackedItems
 from jaxsearch.scoring.prefill import score
+from jaxsearch.training.chips import find_chip
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 """Of each chip the smallest slice; one of its devices is compiled for."""

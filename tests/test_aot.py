@@ -13,8 +13,6 @@ from toy_task import ToyTask, toy_config
 
 import jaxsearch.tasks.ranker
 from jaxsearch.aot.check import _needed, bounds, trace_step
-from jaxsearch.training.chips import Chip, find_chip
-from jaxsearch.training.flops import count_flops
 from jaxsearch.aot.hlo import Collective, Work, read_work
 from jaxsearch.aot.main import main
 from jaxsearch.config import ConfigError, MeshConfig, load_config
@@ -22,6 +20,8 @@ from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig, PromptRoom
 from jaxsearch.data.tokenizer import CountingTokenizer
 from jaxsearch.models.decoder import split_batch
+from jaxsearch.training.chips import Chip, find_chip
+from jaxsearch.training.flops import count_flops
 from jaxsearch.training.loop import Trainer
 from jaxsearch.training.sharding import BATCH, make_mesh, put_abstract, put_batch
 

@@ -10,7 +10,8 @@ import pytest
 from toy_task import ToyConfig, toy_config
 
 from jaxsearch.config import ConfigError
-from jaxsearch.scoring.packing import Prefix, assign_rows, place_items
+from jaxsearch.scoring.packing import assign_rows, place_items
+from jaxsearch.scoring.prefill import Prefix
 from jaxsearch.training.flops import count_flops
 from jaxsearch.training.loop import Trainer, run
 from jaxsearch.training.sharding import make_mesh, put_batch

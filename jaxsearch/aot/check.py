@@ -9,8 +9,6 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxsearch.training.chips import Chip, find_chip
-from jaxsearch.training.flops import count_flops
 from jaxsearch.aot.hlo import Work, read_work
 from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.scoring.buckets import Buckets
@@ -18,6 +16,8 @@ from jaxsearch.scoring.packing import PackedItems, packed_shape
 from jaxsearch.scoring.prefill import Prefix, prefix_shape, score
 from jaxsearch.tasks.cross_encoder import CrossEncoderTask
 from jaxsearch.tasks.retriever import RetrieverTask
+from jaxsearch.training.chips import Chip, find_chip
+from jaxsearch.training.flops import count_flops
 from jaxsearch.training.loop import Trainer, check_layout
 from jaxsearch.training.sharding import BATCH, make_mesh, parameter_shardings, put_abstract, replicated
 from jaxsearch.training.task import Task

@@ -25,13 +25,14 @@ def count_tokens(batch: Any) -> int:
 
     Counts every part that has `segments` (0 for padding), or `tokens` with a mask `where` of the same shape; other parts are searched.
     """
-    parts = batch._asdict() if hasattr(batch, "_asdict") else batch
-    if not isinstance(parts, Mapping):
+    found = batch._asdict() if hasattr(batch, "_asdict") else batch
+    if not isinstance(found, Mapping):
         return 0
+    parts: Mapping[str, Any] = found
     if parts.get("segments") is not None:
         return int(np.count_nonzero(parts["segments"]))
     tokens, where = parts.get("tokens"), parts.get("where")
-    if tokens is not None and np.shape(tokens) == np.shape(where):
+    if tokens is not None and where is not None and np.shape(tokens) == np.shape(where):
         return int(np.count_nonzero(where))
     return sum(count_tokens(part) for part in parts.values())
 
