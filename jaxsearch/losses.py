@@ -30,6 +30,8 @@ from jax import Array
 from jax.scipy.special import entr
 from jax.typing import ArrayLike
 
+from jaxsearch.numerics import wide
+
 Reduction = Literal["mean", "sum", "none"]
 
 # Stands for log(0): far below any logit, yet finite, so that no NaN arises where it is multiplied by 0.
@@ -346,7 +348,7 @@ def action_loss(
         temperature: as in `binary_kl`.
         reduction: over items [...].
     """
-    weights = jnp.asarray(task_weights, jnp.float32)
+    weights = jnp.asarray(task_weights, wide())
     _check_shape("task_weights", weights, log_odds.shape[-1:])
     values = binary_kl(log_odds, actions, where=where, temperature=temperature, reduction="none")
     return _reduce(
@@ -428,7 +430,7 @@ def distillation(
 
 def _keep(values: Array, where: Array) -> Array:
     """The values in fp32, 0 where masked; comes before any arithmetic, or padding reaches gradients."""
-    return jnp.where(where, values, 0).astype(jnp.float32)
+    return jnp.where(where, values, 0).astype(wide())
 
 
 def _reduce(values: Array, where: Array, reduction: Reduction) -> Array:

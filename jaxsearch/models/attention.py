@@ -18,6 +18,7 @@ from jax import Array
 
 from jaxsearch.errors import InputError
 from jaxsearch.models.tpu_attention import attend_packed
+from jaxsearch.numerics import wide
 
 # So many queries at a time meet the keys up to the last of them: what is masked beyond is never computed. On a CPU three
 # blocks of a row of 150 tokens save a tenth of its time; blocks below these are slower for what they save.
@@ -59,7 +60,7 @@ def _group(q: Array, k: Array) -> Array:
 
 def _scores(equation: str, q: Array, k: Array, mask: Array) -> Array:
     """Scaled fp32 scores by the einsum equation, `MASKED` where the broadcastable mask is False."""
-    scores = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(equation, q, k, preferred_element_type=wide())
     return jnp.where(mask, scores * q.shape[-1] ** -0.5, MASKED)
 
 
@@ -78,7 +79,7 @@ def _swap(x: Array) -> Array:
 
 def _sum_values(equation: str, weights: Array, v: Array) -> Array:
     """Values summed with fp32 weights, by the einsum equation; fp32 out."""
-    return jnp.einsum(equation, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, weights.astype(v.dtype), v, preferred_element_type=wide())
 
 
 def _divisor(total: Array) -> Array:

@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec
 
 from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Attention
+from jaxsearch.numerics import wide
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 BATCH_AXES = ("data", "fsdp")
 """Mesh axes that the first axis of activations is split over."""
 TENSOR_LETTERS = "NFV"
@@ -40,8 +41,8 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 class DecoderConfig:
     """Sizes and constants of a decoder. What a checkpoint decides has no default that could shadow its value.
 
-    `compute_dtype` is "float32" or "bfloat16"; parameters are stored in fp32, and softmax, norms and rotary
-    embedding always run in fp32. `remat` says what one layer keeps for the backward pass: "none" keeps all,
+    `compute_dtype` is "float32" or "bfloat16" (or, with `jax_enable_x64`, "float64"); parameters are stored in fp32, and
+    softmax, norms and rotary embedding always run in fp32 (`numerics.wide`). `remat` says what one layer keeps for the backward pass: "none" keeps all,
     "dots" the outputs of the projections, "full" its input only. On a CPU "full" is also the fastest at
     small widths (less to write).
 
@@ -178,7 +179,7 @@ def _project(equation: str, x: Array, w: Any) -> Array:
         f"{inputs},{weights}->{outputs}",
         x,
         _gathered(w.qvalue, weights, x.dtype),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=wide(),
     )
     scale = w.scale.reshape(
         [size for size, letter in zip(w.scale.shape, weights, strict=True) if letter in outputs]
@@ -205,7 +206,7 @@ def _project_backward(equation: str, saved: tuple[Array, Array], g: Array) -> tu
     dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, _gathered(w, weights, x.dtype))
     # x stands first: XLA on a CPU transposes the first operand, and JAX's own rule puts the cotangent there,
     # which fused the transposition into the elementwise work before it (25% of a training step).
-    dw = jnp.einsum(f"{inputs},{outputs}->{weights}", x, g, preferred_element_type=jnp.float32)
+    dw = jnp.einsum(f"{inputs},{outputs}->{weights}", x, g, preferred_element_type=wide())
     return dx, dw.astype(w.dtype)
 
 
@@ -214,22 +215,22 @@ project.defvjp(_project_forward, _project_backward)
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """Root-mean-square norm over the last axis, computed and returned in fp32 (x [..., D], scale [D])."""
-    x = x.astype(jnp.float32)
+    x = x.astype(wide())
     normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     return normed * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
 
 
 def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
     """Cosine and sine of the rotary angles (positions int [..., T]; both fp32 [..., T, 1, H/2])."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[(None,) * positions.ndim]
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide()) / head_dim)
+    angles = positions.astype(wide())[..., None] * frequencies[(None,) * positions.ndim]
     return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
 
 
 def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     """Rotary embedding in fp32, first half paired with second as in Hugging Face (x [..., T, N, H])."""
     cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(wide()), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -432,7 +433,7 @@ class Decoder(nnx.Module):
         """Next-token logits, fp32 [..., V] (hidden [..., D])."""
         dtype = self.config.dtype
         rows = _gathered(self._output(), "VD", dtype)
-        return jnp.einsum("...D,VD->...V", hidden.astype(dtype), rows, preferred_element_type=jnp.float32)
+        return jnp.einsum("...D,VD->...V", hidden.astype(dtype), rows, preferred_element_type=wide())
 
     def label_rows(self, ids: Sequence[int] | Array) -> Array:
         """The rows of the output matrix that belong to these token ids, fp32 [len(ids), D].

@@ -9,6 +9,7 @@ from jax import Array
 
 from jaxsearch.models.attention import Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig
+from jaxsearch.numerics import wide
 
 
 class Scorer(nnx.Module):
@@ -47,5 +48,5 @@ class BiEncoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         hidden, _ = self.decoder(self.decoder.embed(tokens), positions, Causal(where))
         last = jnp.maximum(jnp.sum(where, axis=1) - 1, 0)[:, None, None]
-        pooled = jnp.take_along_axis(hidden, last, axis=1)[:, 0].astype(jnp.float32)
+        pooled = jnp.take_along_axis(hidden, last, axis=1)[:, 0].astype(wide())
         return pooled * jax.lax.rsqrt(jnp.maximum(jnp.sum(pooled * pooled, axis=-1, keepdims=True), 1e-12))

@@ -25,6 +25,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.models.attention import Causal, PrefixPacked, check_backend
 from jaxsearch.models.decoder import Decoder, DecoderConfig, unstack
 from jaxsearch.models.int8 import int8_weights
+from jaxsearch.numerics import wide
 from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
 from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
 from jaxsearch.training.sharding import parameter_shardings, replicated
@@ -147,7 +148,7 @@ def score(
 
 def read_labels(scorer: Scorer, hidden: jax.Array) -> jax.Array:
     """Label logits fp32 [..., C] of hidden states [..., D]: the label rows alone, never the vocabulary."""
-    return jnp.einsum("...D,CD->...C", hidden.astype(jnp.float32), scorer.label_matrix(), precision="highest")
+    return jnp.einsum("...D,CD->...C", hidden.astype(wide()), scorer.label_matrix(), precision="highest")
 
 
 _Arrays = TypeVar("_Arrays", Prefix, PackedItems)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsearch.config import FaultsConfig
+from jaxsearch.numerics import wide
 
 Tree = TypeVar("Tree")
 Health = dict[str, Any]
@@ -17,7 +18,7 @@ MEMORY = 20
 
 def first_health() -> Health:
     """Return the health of a run that has not begun."""
-    return {"loss": np.float32(0), "good": np.int32(0), "skipped": np.int32(0)}
+    return {"loss": np.zeros((), wide()), "good": np.int32(0), "skipped": np.int32(0)}
 
 
 def examine(
@@ -41,7 +42,7 @@ def examine(
     share = 1 / jnp.clip(count, 1, MEMORY)
     mean = jnp.where(good, health["loss"] + share * (loss - health["loss"]), health["loss"])
     skipped = jnp.where(good, 0, health["skipped"] + 1)
-    after = {"loss": jnp.float32(mean), "good": jnp.int32(count), "skipped": jnp.int32(skipped)}
+    after = {"loss": jnp.asarray(mean, wide()), "good": jnp.int32(count), "skipped": jnp.int32(skipped)}
     limit = config.skip_limit if config.on_bad_step == "skip" else 0
     return good, after, skipped > limit
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.data.pipeline import Pipeline
+from jaxsearch.numerics import wide
 from jaxsearch.training.checkpoints import Checkpoints
 from jaxsearch.training.distributed import check_agreement, on_host
 from jaxsearch.training.flops import count_flops
@@ -87,7 +88,7 @@ class Trainer:
             if self._put is put_abstract
             else jax.jit(self._optimizer.init, out_shardings=opt_shardings)(placed),
             rest=self._whole(rest),
-            grad_norm=self._put(np.float32(0), whole),
+            grad_norm=self._put(np.zeros((), wide()), whole),
             window={},
             bad_step=self._put(np.int32(0), whole),
             health=self._put(first_health(), whole),
@@ -113,7 +114,7 @@ class Trainer:
         bad = jnp.where((state.bad_step == 0) & stop, state.step + 1, state.bad_step)
         if faults.on_bad_step == "skip":
             new, values = choose(good, (new, values), (state, jax.tree.map(jnp.zeros_like, values)))
-            values["skipped"] = (jnp.float32(~good), jnp.float32(1))
+            values["skipped"] = (jnp.asarray(~good, wide()), jnp.ones((), wide()))
         return dataclasses.replace(
             new, step=state.step + 1, bad_step=bad, health=health, window=state.window
         ), values
@@ -182,7 +183,7 @@ def _count(params: nnx.State) -> int:
 
 
 def _values(losses: Losses, grad_norm: jax.Array) -> dict[str, Mean]:
-    one = jnp.float32(1)
+    one = jnp.ones((), wide())
     named = {name: pair for name, pair in losses.terms().items() if name != "loss"}
     clash = (set(named) & set(losses.metrics)) | (set(losses.metrics) & {*RESERVED, "loss"})
     if clash:
@@ -193,7 +194,7 @@ def _values(losses: Losses, grad_norm: jax.Array) -> dict[str, Mean]:
         **losses.metrics,
         "grad_norm": (grad_norm, one),
     }
-    return jax.tree.map(jnp.float32, pairs)
+    return jax.tree.map(lambda x: jnp.asarray(x, wide()), pairs)
 
 
 def check_layout(config: TrainConfig, task: Task, mesh: Mesh) -> None:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxsearch.numerics import wide
+
 Mean = tuple[jax.Array, jax.Array]
 """A mean that can still be merged: (sum of values, sum of weights), both scalars."""
 
@@ -41,12 +43,13 @@ class Losses(NamedTuple):
     def weights(self) -> dict[str, jax.Array]:
         """Return the weight of each part of the objective."""
         return {
-            name: jax.lax.stop_gradient(jnp.float32(weight)) for name, (_, weight) in self.terms().items()
+            name: jax.lax.stop_gradient(jnp.asarray(weight, wide()))
+            for name, (_, weight) in self.terms().items()
         }
 
 
 def _objective(terms: Mapping[str, Mean], weights: Mapping[str, jax.Array]) -> jax.Array:
-    value = jnp.float32(0)
+    value = jnp.zeros((), wide())
     for name, (total, _) in terms.items():
         weight = weights[name]
         # Nothing to learn from (all masked) is a loss of zero, not a NaN.
