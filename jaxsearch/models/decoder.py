@@ -42,7 +42,8 @@ class DecoderConfig:
     """Sizes and constants of a decoder. What a checkpoint decides has no default that could shadow its value.
 
     `compute_dtype` is "float32" or "bfloat16" (or, with `jax_enable_x64`, "float64"); parameters are stored in fp32, and
-    softmax, norms and rotary embedding always run in fp32 (`numerics.wide`). `remat` says what one layer keeps for the backward pass: "none" keeps all,
+    softmax, norms and rotary embedding always run in fp32 (`numerics.wide`).
+    `remat` says what one layer keeps for the backward pass: "none" keeps all,
     "dots" the outputs of the projections, "full" its input only. On a CPU "full" is also the fastest at
     small widths (less to write).
 
@@ -109,9 +110,9 @@ class ParameterSpec(NamedTuple):
     def create(self, rngs: nnx.Rngs) -> nnx.Param:
         """An fp32 parameter that carries its logical axis names as the metadata `axes`."""
         value = (
-            jnp.ones(self.shape)
+            jnp.ones(self.shape, jnp.float32)
             if self.std is None
-            else self.std * jax.random.normal(rngs.params(), self.shape)
+            else self.std * jax.random.normal(rngs.params(), self.shape, jnp.float32)
         )
         return nnx.Param(value, axes=self.axes)
 

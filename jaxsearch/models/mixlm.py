@@ -30,7 +30,7 @@ class DocumentEncoder(nnx.Module):
             None
             if width == config.width
             else nnx.Param(
-                jax.random.normal(rngs.params(), (config.width, width)) * config.width**-0.5,
+                jax.random.normal(rngs.params(), (config.width, width), jnp.float32) * config.width**-0.5,
                 axes=("embed", None),
             )
         )

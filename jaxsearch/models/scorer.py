@@ -28,7 +28,8 @@ class Scorer(nnx.Module):
         self.actions = actions
         if actions:
             self.action_head = nnx.Param(
-                0.02 * jax.random.normal(rngs.params(), (actions, config.width)), axes=("actions", "embed")
+                0.02 * jax.random.normal(rngs.params(), (actions, config.width), jnp.float32),
+                axes=("actions", "embed"),
             )
 
     def label_matrix(self) -> Array:
