@@ -107,7 +107,7 @@ def measure(dtype: str, options: argparse.Namespace) -> bool:
         store = write_store(folder / "ranker", world, "ranker", scores, said)
         first, second = teacher(folder / "first", 1), teacher(folder / "second", 2)
         common = ["--batch-size", "8", "--steps", str(options.steps), "--optimizer.warmup-steps", "2"]
-        common += ["--task.model.vocab-size", "290"]
+        common += ["--task.model.vocab-size", "295"]
         own = {
             "ranker": [
                 "--task.teachers", "online", "--task.relevance-teachers", first, "--task.engagement-teachers", second,
@@ -116,7 +116,7 @@ def measure(dtype: str, options: argparse.Namespace) -> bool:
             "mixlm": [
                 "--task.relevance-teachers", store, "--task.engagement-teachers", store, "--task.labels", judge,
                 "--task.candidates", "3", "--task.tokens", "2", "--task.text-weight", "0.5", "--task.curriculum", "0.5",
-                "--task.encoder.vocab-size", "290", "--task.encoder.preset", "tiny",
+                "--task.encoder.vocab-size", "295", "--task.encoder.preset", "tiny",
             ],
         }  # fmt: skip
         for task_name in options.tasks:

@@ -44,6 +44,7 @@ from jaxsearch.scoring.mixed import (
 from jaxsearch.scoring.records import JUDGE_LABELS, RecordScorer
 from jaxsearch.serving.bundle import golden_error
 from jaxsearch.tasks.mixlm import MixLMTask
+from jaxsearch.training.health import first_health
 from jaxsearch.training.step import Tools
 
 SCORES = (*LABELS[:2], *ACTIONS["jobs"])
@@ -319,7 +320,14 @@ def test_the_step_learns_and_the_first_phase_aligns_alone(task: MixLMTask, pair:
     tools = Tools(graphdef, nnx.Param, nnx.to_pure_dict(frozen), optimizer)
     params = nnx.to_pure_dict(params)
     state = TrainState(
-        jnp.int32(0), params, optimizer.init(params), nnx.to_pure_dict(rest), jnp.float32(0), {}, jnp.int32(0)
+        jnp.int32(0),
+        params,
+        optimizer.init(params),
+        nnx.to_pure_dict(rest),
+        jnp.float32(0),
+        {},
+        jnp.int32(0),
+        first_health(),
     )
 
     @jax.jit
