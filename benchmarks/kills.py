@@ -102,7 +102,7 @@ def kills(runs: Runs, seconds: float) -> dict[str, Any]:
         process = runs.start("killed")
         number = signal.SIGTERM if done % 2 == 0 else signal.SIGKILL
         try:
-            process.wait(random.uniform(0, 0.8 * seconds))
+            process.wait(random.uniform(0, min(0.8 * seconds, runs.options.longest)))
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             codes[f"{number.name}: {process.wait()}"] += 1
@@ -148,8 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", default="runs/kills", help="must not hold an earlier one's runs")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
+    parser.add_argument("--longest", type=float, default=20.0, help="seconds that a part lives at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--parts", nargs="+", choices=("kills", "two", "lost"), default=["kills", "two", "lost"]
