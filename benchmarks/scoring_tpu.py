@@ -31,7 +31,7 @@ from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.models.presets import preset
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.packing import PackedItems
-from jaxsearch.scoring.prefill import score
+from jaxsearch.scoring.prefill import Prefix, score_at_once
 from jaxsearch.training.chips import find_chip
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
@@ -78,7 +78,10 @@ def compile_for(topology: str, c: DecoderConfig, w: Workload, backend: str) -> d
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding), state)
 
     def run(state: Any, tokens: Any, where: Any, items: PackedItems) -> jax.Array:
-        return score(nnx.merge(graphdef, state), tokens, where, items, backend=backend)
+        alone = items.tokens.shape[1] == w.items
+        return score_at_once(
+            nnx.merge(graphdef, state), Prefix(tokens, where), items, alone=alone, backend=backend
+        )
 
     program = jax.jit(run).lower(state, *arrays(w, c.width, sharding)).compile()
     memory = program.memory_analysis()

@@ -40,6 +40,7 @@ __all__ = [
     "pad_prefixes",
     "read_labels",
     "score",
+    "score_at_once",
     "steps",
     "use_compilation_cache",
 ]
@@ -151,13 +152,13 @@ def answer_hidden_at_once(
     places = (jnp.sum(where, axis=1)[:, None, None] + items.offsets).reshape(queries, -1)
     positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(width)[None], where.shape), places], axis=1)
     tokens, below = width + last[..., 0] * length + last[..., 1], width + length
-    if alone and backend == "xla":
-        together = OnePass(where, None, rows)
+    segments = None if alone and backend == "xla" else jnp.asarray(items.segments)
+    together = OnePass(where, segments, rows, backend)
+    if alone:
         hidden = decoder.hidden_at(
             x, positions, together, tokens, LastOfRows(where, last[..., 1]), below=below
         )
     else:
-        together = OnePass(where, jnp.asarray(items.segments), rows, backend)
         hidden, _ = decoder(x, positions, together, below=below)
         hidden = hidden[jnp.arange(queries)[:, None], tokens]
     return jnp.where(jnp.asarray(items.where)[..., None], hidden, 0)
@@ -179,6 +180,14 @@ def score(
 ) -> jax.Array:
     """Label logits of every item, fp32 [B, L, C]; 0 where there is no item. Arguments as `answer_hidden`."""
     hidden = answer_hidden(scorer.decoder, prefix_tokens, prefix_where, items, backend=backend)
+    return read_labels(scorer, hidden)
+
+
+def score_at_once(
+    scorer: Scorer, prefix: Prefix, items: PackedItems, *, alone: bool, backend: str = "xla"
+) -> jax.Array:
+    """As `score`, prefix and items in one pass over the layers. Arguments as `answer_hidden_at_once`."""
+    hidden = answer_hidden_at_once(scorer.decoder, prefix, items, alone=alone, backend=backend)
     return read_labels(scorer, hidden)
 
 
@@ -269,10 +278,7 @@ class PrefillScorer:
             scorer = nnx.merge(self._graphdef, state)
             if self._mesh is not None:
                 return score(scorer, prefix.tokens, prefix.where, items, backend=self.backend)
-            hidden = answer_hidden_at_once(
-                scorer.decoder, prefix, items, alone=not shape.shared, backend=self.backend
-            )
-            return read_labels(scorer, hidden)
+            return score_at_once(scorer, prefix, items, alone=not shape.shared, backend=self.backend)
 
         def spec(size: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(size, dtype, sharding=self._everywhere())
