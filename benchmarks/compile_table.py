@@ -19,12 +19,13 @@ from record import append
 
 ROOT = Path(__file__).resolve().parent.parent
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v6e:4x4", "v5p:4x4x4")
+STORED = ("--task.relevance-teachers", "any", "--task.engagement-teachers", "any")
 ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     # name: configuration, its batch size where it can be cut (else 0), further options
     "ranker 0.6B": (
         "configs/ranker.py:qwen3_0_6b",
         128,
-        ("--task.relevance-teachers", "any", "--task.engagement-teachers", "any"),
+        STORED,
     ),
     "ranker 0.6B, two 1.7B teachers online": (
         "configs/ranker.py:qwen3_0_6b",
@@ -38,6 +39,7 @@ ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
             "qwen3_1_7b",
         ),
     ),
+    "MixLM 0.6B + 0.6B": ("configs/mixlm.py:qwen3_0_6b", 0, STORED),
     "retriever 0.6B": ("configs/retriever.py:qwen3_0_6b", 0, ()),
     "judge 8B": ("configs/judge.py:qwen3_8b", 64, ()),
     "judge 8B, tensor 4": ("configs/judge.py:qwen3_8b", 64, ("--mesh.tensor", "4")),
