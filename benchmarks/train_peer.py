@@ -1,10 +1,10 @@
 """One training step in PyTorch with transformers; called by benchmarks/train_throughput.py in an environment of its own.
 
-    .venv-peers/bin/python benchmarks/train_peer.py --dtype float32 --folder HF --steps 5
+    .venv-peers/bin/python benchmarks/train_peer.py --dtype float32 --folder HF --warm-up 3 --steps 5
 
-`HF/batch.json` holds what train_throughput.py writes: tokens, labels, label ids and the optimiser's settings. With bfloat16 the parameters and
-AdamW stay fp32 and the forward pass runs under autocast. Prints one JSON object: seconds per step without the first, the losses, the first
-gradient's norm. No JAX in here, no project code.
+`HF/batch.json` holds what train_throughput.py writes: tokens, labels, label ids and the optimiser's settings. With bfloat16 the parameters
+and AdamW stay fp32 and the forward pass runs under autocast. Prints one JSON object: seconds of the timed steps, the losses of all
+steps, the first gradient's norm. No JAX in here, no project code.
 """
 
 import argparse
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--folder", required=True, help="Hugging Face folder, with batch.json")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=3)
     options = parser.parse_args()
     values = json.loads((Path(options.folder) / "batch.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(
@@ -52,7 +53,7 @@ def main() -> None:
         else contextlib.nullcontext()
     )
     seconds, losses, norms = [], [], []
-    for _ in range(options.steps + 1):
+    for _ in range(options.warm_up + options.steps):
         started = time.perf_counter()
         with half:
             hidden = model.model(tokens, use_cache=False).last_hidden_state[:, -1]
@@ -64,7 +65,7 @@ def main() -> None:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss))
-    answer = {"seconds": seconds[1:], "losses": losses, "grad_norm": norms[0]}
+    answer = {"seconds": seconds[options.warm_up :], "losses": losses, "grad_norm": norms[0]}
     print("RESULT " + json.dumps(answer), flush=True)
 
 

@@ -29,12 +29,15 @@ BATCH_AXES = ("data", "fsdp")
 """Mesh axes that the first axis of activations is split over."""
 TENSOR_LETTERS = "NFV"
 """Axes of matrices that the mesh axis `tensor` splits: heads, MLP width and vocabulary."""
+KEPT = "kept"
+"""Name of what "lean" keeps of a layer beside its input: queries, keys and values as projected, what the heads mixed, the residual stream
+behind the attention, gate and up."""
 # Inside a scan nothing can be merged across iterations, so the costly barriers of prevent_cse are not needed.
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
     "full": _checkpoint,
-    "lean": functools.partial(_checkpoint, policy=jax.checkpoint_policies.save_only_these_names("kept")),
+    "lean": functools.partial(_checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT)),
     "dots": functools.partial(_checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
@@ -46,8 +49,8 @@ class DecoderConfig:
     `compute_dtype` is "float32" or "bfloat16" (or, with `jax_enable_x64`, "float64"); parameters are stored in fp32, and
     softmax, norms and rotary embedding always run in fp32 (`numerics.wide`).
     `remat` says what one layer keeps for the backward pass: "none" keeps all,
-    "dots" the outputs of the projections, "full" its input only. On a CPU "full" is also the fastest at
-    small widths (less to write).
+    "dots" the outputs of the projections, "lean" what it takes to do no projection again (`KEPT`), "full" its input only.
+    On a CPU "full" is also the fastest at small widths (less to write), "lean" at SmolLM2's.
 
     Raises:
         InputError: a field is out of range; the message names it, its value and the fix.
@@ -65,7 +68,7 @@ class DecoderConfig:
     qk_norm: bool
     tied: bool
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "lean"
 
     def __post_init__(self) -> None:
         def refuse(name: str, fix: str) -> None:
@@ -207,12 +210,12 @@ def _project_backward(equation: str, saved: tuple[Array, Array], g: Array) -> tu
     x, w = saved
     inputs, weights, outputs = _letters(equation, x)
     dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, _gathered(w, weights, x.dtype))
-    # XLA on a CPU transposes the first operand, fused with the elementwise work before it, on one core: the narrower one stands first.
+    # XLA on a CPU transposes the first operand, together with the elementwise work before it and on one core (JAX's own rule took a quarter
+    # of a training step there): the narrower one stands first, and what comes out is turned, which the barrier keeps apart.
     if math.prod(x.shape) <= math.prod(g.shape):
         dw = jnp.einsum(f"{inputs},{outputs}->{weights}", x, g, preferred_element_type=wide())
     else:
-        kept = "".join(letter for letter in weights if letter in outputs)
-        turned = kept + "".join(letter for letter in weights if letter not in kept)
+        turned = "".join(sorted(weights, key=lambda letter: letter not in outputs))
         dw = jnp.einsum(f"{outputs},{inputs}->{turned}", g, x, preferred_element_type=wide())
         dw = jnp.einsum(f"{turned}->{weights}", jax.lax.optimization_barrier(dw))
     return dx, dw.astype(w.dtype)
@@ -265,19 +268,18 @@ def head_outputs(
 ) -> tuple[Array, Any]:
     """What each head mixed [..., T, N, H], the input of the projection `o`, and the attention's new state (arguments as `block`)."""
     y = rms_norm(x, w["attention_norm"], c.rms_eps).astype(c.dtype)
-    q, k, v = (project("TD,DNH->TNH", y, w[name]) for name in "qkv")
+    q, k, v = (checkpoint_name(project("TD,DNH->TNH", y, w[name]), KEPT) for name in "qkv")
     if c.qk_norm:
         q, k = rms_norm(q, w["q_norm"], c.rms_eps), rms_norm(k, w["k_norm"], c.rms_eps)
     q, k = rotate(q, angles).astype(c.dtype), rotate(k, angles).astype(c.dtype)
-    q, k, v = (checkpoint_name(one, "kept") for one in (q, k, v))
     mixed, state = attention(q, k, v, state)
-    return checkpoint_name(mixed, "kept"), state
+    return checkpoint_name(mixed, KEPT), state
 
 
 def neurons(x: Array, w: dict[str, Array], c: DecoderConfig) -> Array:
     """What each neuron of the SwiGLU says [..., T, F], the inputs of the projection `down` (x after the attention)."""
     y = rms_norm(x, w["mlp_norm"], c.rms_eps).astype(c.dtype)
-    gate, up = (checkpoint_name(project("TD,DF->TF", y, w[name]), "kept") for name in ("gate", "up"))
+    gate, up = (checkpoint_name(project("TD,DF->TF", y, w[name]), KEPT) for name in ("gate", "up"))
     return jax.nn.silu(gate) * up
 
 
@@ -300,7 +302,7 @@ def block(
         c: the decoder's config.
     """
     mixed, state = head_outputs(x, w, angles, attention, state, c)
-    x = checkpoint_name(x + project("TNH,NHD->TD", mixed, w["o"]), "kept")
+    x = checkpoint_name(x + project("TNH,NHD->TD", mixed, w["o"]), KEPT)
     return x + project("TF,FD->TD", neurons(x, w, c), w["down"]), state
 
 
