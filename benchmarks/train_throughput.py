@@ -15,12 +15,14 @@ Modes: plain (every sequence on its own, as the peer computes them), and of ours
 One JSON line each: impl, mode, dtype, seconds of every timed step, tokens_per_s (tokens of the sequences over the median), mfu (FLOPs
 that the mode needs, three times the forward pass, recomputation not counted, over the best fp32 matmul rate of the run), losses of all
 steps from the first one, grad_norm of the first; beside the first row ratio (its tokens/s over theirs) and max_loss_diff (the largest
-relative difference of a loss).
+relative difference of a loss); glibc_tunables is the environment variable: with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` large
+arrays come in huge pages.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -237,6 +239,7 @@ def main() -> None:
     common = {
         "model": f"random, {options.layers} layers" if options.layers else "smollm2_135m",
         "rows": options.rows, "length": options.length, "prefix": options.prefix, "best_matmul_gflops": best,
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "command": " ".join(["python", *sys.argv]), "machine": describe(),
     }  # fmt: skip
     for one in found:
