@@ -109,6 +109,12 @@ def start(processes: Processes | None, heartbeat: int = 100) -> None:
         ) from error
 
 
+def wait_for_others(what: str) -> None:
+    """Return when every process has called this; one that leaves a job early ends the others."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def code_version() -> str:
     """Return a hash of this package's source files and JAX's version; needs no git on the machine."""
     digest = hashlib.sha256(jax.__version__.encode())
