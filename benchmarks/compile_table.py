@@ -78,7 +78,9 @@ def measure(name: str, topology: str) -> dict[str, object] | None:
 
 
 def show(rows: list[dict]) -> str:
-    """Both tables in Markdown."""
+    """Both tables in Markdown, in the order of the rows' definitions."""
+    names, places = list(ROWS), list(TOPOLOGIES)
+    rows = sorted(rows, key=lambda row: (names.index(row["name"]), places.index(row["topology"])))
     return "\n\n".join([show_fit(rows), ASSUMPTIONS, show_scaling([row for row in rows if row["bounds"]])])
 
 

@@ -210,15 +210,18 @@ def _project_backward(equation: str, saved: tuple[Array, Array], g: Array) -> tu
     x, w = saved
     inputs, weights, outputs = _letters(equation, x)
     dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, _gathered(w, weights, x.dtype))
-    # XLA on a CPU transposes the first operand, together with the elementwise work before it and on one core (JAX's own rule took a quarter
-    # of a training step there): the narrower one stands first, and what comes out is turned, which the barrier keeps apart.
+    plain = functools.partial(jnp.einsum, f"{inputs},{outputs}->{weights}", preferred_element_type=wide())
     if math.prod(x.shape) <= math.prod(g.shape):
-        dw = jnp.einsum(f"{inputs},{outputs}->{weights}", x, g, preferred_element_type=wide())
-    else:
+        return dx, plain(x, g).astype(w.dtype)
+
+    def narrow_first(x: Array, g: Array) -> Array:
         turned = "".join(sorted(weights, key=lambda letter: letter not in outputs))
         dw = jnp.einsum(f"{outputs},{inputs}->{turned}", g, x, preferred_element_type=wide())
-        dw = jnp.einsum(f"{turned}->{weights}", jax.lax.optimization_barrier(dw))
-    return dx, dw.astype(w.dtype)
+        return jnp.einsum(f"{turned}->{weights}", jax.lax.optimization_barrier(dw))
+
+    # XLA on a CPU transposes the first operand, together with the elementwise work before it and on one core (JAX's own rule, the cotangent
+    # first, took a quarter of a step there): the narrower one stands first, and the small result is turned, held apart by the barrier.
+    return dx, jax.lax.platform_dependent(x, g, cpu=narrow_first, default=plain).astype(w.dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
