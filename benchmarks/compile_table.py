@@ -5,7 +5,7 @@
     .venv-tpu/bin/python benchmarks/compile_table.py --show benchmarks/results/compile.jsonl
 
 Two to ten minutes a row on one core; rows that the file holds already are left out. Each device (or group of tensor-parallel devices) takes
-one query with all its candidates at a time, by accumulation, except for the retriever, whose batch cannot be cut.
+one query with all its candidates at a time, by accumulation, except for the retriever and MixLM, whose batches cannot be cut.
 """
 
 import argparse
@@ -17,14 +17,17 @@ from pathlib import Path
 
 from record import append
 
+from jaxsearch.aot.check import weak_scaling
+
 ROOT = Path(__file__).resolve().parent.parent
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v6e:4x4", "v5p:4x4x4")
+STORED = ("--task.relevance-teachers", "any", "--task.engagement-teachers", "any")
 ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     # name: configuration, its batch size where it can be cut (else 0), further options
     "ranker 0.6B": (
         "configs/ranker.py:qwen3_0_6b",
         128,
-        ("--task.relevance-teachers", "any", "--task.engagement-teachers", "any"),
+        STORED,
     ),
     "ranker 0.6B, two 1.7B teachers online": (
         "configs/ranker.py:qwen3_0_6b",
@@ -38,12 +41,21 @@ ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
             "qwen3_1_7b",
         ),
     ),
+    "MixLM 0.6B + 0.6B": ("configs/mixlm.py:qwen3_0_6b", 0, STORED),
+    "MixLM 0.6B + 0.6B, batch 64": ("configs/mixlm.py:qwen3_0_6b", 0, (*STORED, "--batch-size", "64")),
+    "MixLM 0.6B + 0.6B, batch 32": ("configs/mixlm.py:qwen3_0_6b", 0, (*STORED, "--batch-size", "32")),
     "retriever 0.6B": ("configs/retriever.py:qwen3_0_6b", 0, ()),
     "judge 8B": ("configs/judge.py:qwen3_8b", 64, ()),
     "judge 8B, tensor 4": ("configs/judge.py:qwen3_8b", 64, ("--mesh.tensor", "4")),
 }
 TENSOR = {"judge 8B, tensor 4": 4}
 """Devices that share a query, where it is more than one."""
+LARGE = 256
+"""Chips that weak scaling is carried on to."""
+ASSUMPTIONS = """Weak scaling: the batch per device stays, and the speed of a device is compared with that of one alone. Left: compute and
+communication wait for each other; right: as much communication hides behind compute as there is room. Compute runs at the bf16 peak (a
+program that is slower hides more), every link is busy in both directions, what a device receives grows with (n - 1) / n, and nobody
+waits for a slower chip."""
 
 
 def command(name: str, topology: str) -> list[str]:
@@ -66,29 +78,43 @@ def measure(name: str, topology: str) -> dict[str, object] | None:
 
 
 def show(rows: list[dict]) -> str:
-    """A Markdown table; the last two columns are what is left of perfect scaling if communication hides behind nothing, or behind all."""
+    """Both tables in Markdown, in the order of the rows' definitions."""
+    names, places = list(ROWS), list(TOPOLOGIES)
+    rows = sorted(rows, key=lambda row: (names.index(row["name"]), places.index(row["topology"])))
+    return "\n\n".join([show_fit(rows), ASSUMPTIONS, show_scaling([row for row in rows if row["bounds"]])])
+
+
+def show_fit(rows: list[dict]) -> str:
+    """What each program needs, and the least seconds that its compute, memory traffic and communication take."""
     lines = [
-        "| | slice | fits | GiB per device | FLOP per step | GiB received per device | compute | memory | interconnect | efficiency |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | slice | fits | GiB per device | FLOP per step | GiB received per device | compute | memory | interconnect |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         peak = f"{row['peak_bytes'] / 2**30:.1f} of {row['hbm_bytes'] / 2**30:.0f}"
         times = row["bounds"]
-        if times is None:
-            rest = " | ".join("-" * 5)
-        else:
-            busy = max(times["compute"], times["memory"])
-            least = busy / (busy + times["interconnect"])
-            most = min(1, busy / times["step"])
-            rest = " | ".join(
-                [
-                    f"{row['collective_bytes'] / 2**30:.1f}",
-                    *(f"{times[kind] * 1e3:.0f} ms" for kind in ("compute", "memory", "interconnect")),
-                    f"{least:.0%} to {most:.0%}",
-                ]
-            )
-        fits = "yes" if row["fits"] else "**no**"
-        lines.append(f"| {row['name']} | {row['topology']} | {fits} | {peak} | {row['flops']:.3g} | {rest} |")
+        rest = ["-"] * 4
+        if times:
+            kinds = ("compute", "memory", "interconnect")
+            rest = [
+                f"{row['collective_bytes'] / 2**30:.1f}",
+                *(f"{times[kind] * 1e3:.0f} ms" for kind in kinds),
+            ]
+        words = [
+            row["name"], row["topology"], "yes" if row["fits"] else "**no**", peak, f"{row['flops']:.3g}", *rest,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def show_scaling(rows: list[dict]) -> str:
+    """Weak scaling of each program, on its own slice and on a larger one."""
+    lines = [f"| | compiled for | on that slice | on {LARGE} chips |", "|---|---|---|---|"]
+    for row in rows:
+        own = math.prod(row["mesh"].values())
+        shares = (weak_scaling(row["bounds"], own, chips) for chips in (own, LARGE))
+        words = [f"{least:.0%} to {most:.0%}" for least, most in shares]
+        lines.append(f"| {row['name']} | {row['topology']} | {' | '.join(words)} |")
     return "\n".join(lines)
 
 
@@ -113,7 +139,7 @@ def main() -> None:
         for topology in args.topologies:
             if (name, topology) in known or not (row := measure(name, topology)):
                 continue
-            print(show([row]).splitlines()[-1], flush=True)
+            print(show_fit([row]).splitlines()[-1], flush=True)
             append(args.jsonl, [row])
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from toy_task import ToyTask, toy_config
 
 import jaxsearch.tasks.ranker
-from jaxsearch.aot.check import _needed, bounds, trace_step
+from jaxsearch.aot.check import _needed, bounds, trace_step, weak_scaling
 from jaxsearch.aot.hlo import Collective, Work, read_work
 from jaxsearch.aot.main import main
 from jaxsearch.config import ConfigError, MeshConfig, load_config
@@ -139,6 +139,15 @@ def test_bounds_by_hand() -> None:
     assert bounds(work, chip) == {"compute": 2, "memory": 3, "interconnect": 4, "step": 4}
 
 
+def test_weak_scaling_by_hand() -> None:
+    # Four devices receive 3/4 of what there is in 3 s: 256 of them 255/256 of it.
+    seconds = {"compute": 6.0, "memory": 9.0, "interconnect": 3.0}
+    assert weak_scaling(seconds, 4, 4) == (6 / 9, 1.0)
+    least, most = weak_scaling(seconds | {"interconnect": 12.0}, 4, 256)
+    assert (least, most) == pytest.approx((6 / (6 + 15.9375), 6 / 15.9375))
+    assert weak_scaling(seconds | {"interconnect": 0.0}, 4, 8) == (1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
@@ -177,6 +186,7 @@ def fake_store(folder: str, data: Dataset, actions: tuple[str, ...] = ("relevanc
         ("engagement_teacher.py:tiny", ()),
         ("relevance_teacher.py:tiny", ("--task.label-form", "ordinal", "--task.prompt.kind", "judge")),
         ("ranker.py:tiny", ("--task.relevance-teachers", "x")),
+        ("mixlm.py:tiny", ("--task.relevance-teachers", "x", "--task.unique-documents", "4")),
         ("ranker.py:tiny", ("--task.relevance-teachers", "x", "--task.engagement-teachers", "y")),
         (
             "ranker.py:tiny",
@@ -189,8 +199,9 @@ def test_batches_without_data_are_real_ones_at_full_length(
 ) -> None:
     for name in ("stored_relevance", "stored_actions"):
         monkeypatch.setattr(jaxsearch.tasks.ranker, name, fake_store)
-    task = load_config(f"configs/{config}", ["--task.model.vocab-size", "300", *options]).task
-    real_task = task.build(None)  # type: ignore[arg-type]
+    loaded = load_config(f"configs/{config}", ["--task.model.vocab-size", "300", *options])
+    task = loaded.task
+    real_task = task.build(loaded)
     real = real_task.batch(np.arange(4), [np.random.default_rng(i) for i in range(4)])
     abstract = task.build_abstract().batch_shape(4)
     assert jax.tree.structure(real) == jax.tree.structure(abstract)

@@ -20,6 +20,7 @@ from jaxsearch.models.decoder import (
     with_config,
 )
 from jaxsearch.models.presets import PRESETS, preset
+from jaxsearch.training.flops import count_flops
 
 CONFIG = DecoderConfig(
     vocab_size=31, layers=3, width=16, heads=4, kv_heads=2, head_dim=6, mlp_width=20,
@@ -156,12 +157,27 @@ def gradients(**changes):
     return jax.tree.leaves(jax.device_get(nnx.jit(nnx.grad(loss))(decoder)))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "lean"])
 def test_rematerialisation_changes_no_gradient(remat):
-    plain = gradients()
+    plain = gradients(remat="none")
     assert all(np.abs(g).max() > 0 for g in plain)
     for a, b in zip(plain, gradients(remat=remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_lean_keeps_less_than_everything_and_does_no_projection_again():
+    def step(remat):
+        graph, state = nnx.split(with_config(make(CONFIG), remat=remat))
+        return jax.jit(jax.grad(lambda state: loss(nnx.merge(graph, state)))).trace(state)
+
+    steps = {remat: step(remat) for remat in ("none", "lean", "full")}
+    memory = {remat: s.lower().compile().memory_analysis().temp_size_in_bytes for remat, s in steps.items()}
+    assert memory["full"] < memory["lean"] < memory["none"]
+    # What is done again is the attention alone: two matmuls of 2 N H T for each of B T tokens (T = 7 is one block), and the sums again.
+    c, flops = CONFIG, {remat: count_flops(s.jaxpr) for remat, s in steps.items()}
+    attention = c.layers * 2 * (2 * 2 * 7 * c.heads * c.head_dim * 7)
+    assert 0 < flops["lean"] - flops["none"] <= attention
+    assert flops["full"] - flops["none"] > attention
 
 
 def test_gradients_equal_finite_differences():
@@ -178,7 +194,12 @@ def test_gradients_equal_finite_differences():
 
 
 @pytest.mark.parametrize(
-    ("equation", "x", "w"), [("TD,DNH->TNH", (2, 3, 4), (4, 5, 6)), ("TNH,NHD->TD", (3, 5, 6), (5, 6, 4))]
+    ("equation", "x", "w"),
+    [
+        ("TD,DNH->TNH", (2, 3, 4), (4, 5, 6)),
+        ("TNH,NHD->TD", (3, 5, 6), (5, 6, 4)),
+        ("TF,FD->TD", (3, 5), (5, 7)),
+    ],
 )
 def test_projection_has_the_gradient_of_its_einsum(equation, x, w):
     random = np.random.default_rng(3)

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from jaxsearch.config import ConfigError
-from jaxsearch.training.distributed import Processes, code_version, find_differences, find_processes
+from jaxsearch.training.distributed import (
+    Processes,
+    code_version,
+    find_differences,
+    find_processes,
+    share_work,
+)
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -122,3 +128,40 @@ def test_processes_with_another_configuration_do_not_start(tmp_path: Path) -> No
         assert code == 2
         assert "config.batch_size: 8 on process 0; 16 on process 1" in text
     assert not (tmp_path / "checkpoints" / "4").exists()
+
+
+SHARED = """
+import sys
+import jax
+import numpy as np
+from jaxsearch.training.distributed import find_processes, share_work, start
+
+start(find_processes("localhost:" + sys.argv[1], "2", int(sys.argv[2])))
+mine = []
+found = share_work(lambda numbers: mine.extend(numbers) or [np.full((i, 2), i, np.float32) for i in numbers], 5)
+empty = share_work(lambda numbers: [np.zeros(3)] * len(numbers), 1)
+print(mine == list(range(int(sys.argv[2]), 5, 2)), [x.shape for x in found], [x.sum() for x in found], len(empty))
+"""
+
+
+def test_processes_share_work_and_all_know_the_result() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent), "JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARED, port, index],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in "01"
+    ]  # fmt: skip
+    shapes, sums = [(i, 2) for i in range(5)], [np.float32(2 * i * i) for i in range(5)]
+    for process in running:
+        said, errors = process.communicate(timeout=120)
+        assert said.splitlines()[-1] == f"True {shapes} {sums} 1", errors
+
+
+def test_a_process_alone_does_all_the_work() -> None:
+    found = share_work(lambda numbers: [np.array(i) for i in numbers], 3)
+    assert [int(x) for x in found] == [0, 1, 2]

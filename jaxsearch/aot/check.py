@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -201,6 +202,25 @@ def bounds(work: Work, chip: Chip) -> dict[str, float]:
         "interconnect": sum(c.bytes for c in work.collectives.values()) / chip.ici_bandwidth,
     }
     return seconds | {"step": max(seconds.values())}
+
+
+def weak_scaling(seconds: Mapping[str, float], own: int, devices: int) -> tuple[float, float]:
+    """Return the share of one device's speed that each of `devices` keeps at the same batch per device, at published peaks.
+
+    What a device receives grows with (n - 1) / n, as where parameters are gathered and gradients summed over all of them; its
+    compute does not grow. One device alone would wait for nobody.
+
+    Args:
+        seconds: `bounds` of the program that was compiled.
+        own: devices that it was compiled for, at least 2.
+        devices: how many there would be.
+
+    Returns:
+        The share if nothing of the communication hides behind compute, and if all of it does.
+    """
+    compute = seconds["compute"]
+    moved = seconds["interconnect"] * (1 - 1 / devices) / (1 - 1 / own)
+    return compute / (compute + moved), min(1.0, compute / moved) if moved else 1.0
 
 
 def _device_bytes(tree: Any) -> int:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxsearch.errors import InputError
@@ -29,11 +30,15 @@ BATCH_AXES = ("data", "fsdp")
 """Mesh axes that the first axis of activations is split over."""
 TENSOR_LETTERS = "NFV"
 """Axes of matrices that the mesh axis `tensor` splits: heads, MLP width and vocabulary."""
+KEPT = "kept"
+"""Name of what "lean" keeps of a layer beside its input: queries, keys and values as projected, what the heads mixed, the residual stream
+behind the attention, gate and up."""
 # Inside a scan nothing can be merged across iterations, so the costly barriers of prevent_cse are not needed.
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
     "full": _checkpoint,
+    "lean": functools.partial(_checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT)),
     "dots": functools.partial(_checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
@@ -45,8 +50,8 @@ class DecoderConfig:
     `compute_dtype` is "float32" or "bfloat16" (or, with `jax_enable_x64`, "float64"); parameters are stored in fp32, and
     softmax, norms and rotary embedding always run in fp32 (`numerics.wide`).
     `remat` says what one layer keeps for the backward pass: "none" keeps all,
-    "dots" the outputs of the projections, "full" its input only. On a CPU "full" is also the fastest at
-    small widths (less to write).
+    "dots" the outputs of the projections, "lean" what it takes to do no projection again (`KEPT`), "full" its input only.
+    On a CPU "full" is also the fastest at small widths (less to write), "lean" at SmolLM2's.
 
     Raises:
         InputError: a field is out of range; the message names it, its value and the fix.
@@ -64,7 +69,7 @@ class DecoderConfig:
     qk_norm: bool
     tied: bool
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "lean"
 
     def __post_init__(self) -> None:
         def refuse(name: str, fix: str) -> None:
@@ -206,10 +211,18 @@ def _project_backward(equation: str, saved: tuple[Array, Array], g: Array) -> tu
     x, w = saved
     inputs, weights, outputs = _letters(equation, x)
     dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, _gathered(w, weights, x.dtype))
-    # x stands first: XLA on a CPU transposes the first operand, and JAX's own rule puts the cotangent there,
-    # which fused the transposition into the elementwise work before it (25% of a training step).
-    dw = jnp.einsum(f"{inputs},{outputs}->{weights}", x, g, preferred_element_type=wide())
-    return dx, dw.astype(w.dtype)
+    plain = functools.partial(jnp.einsum, f"{inputs},{outputs}->{weights}", preferred_element_type=wide())
+    if math.prod(x.shape) <= math.prod(g.shape):
+        return dx, plain(x, g).astype(w.dtype)
+
+    def narrow_first(x: Array, g: Array) -> Array:
+        turned = "".join(sorted(weights, key=lambda letter: letter not in outputs))
+        dw = jnp.einsum(f"{outputs},{inputs}->{turned}", g, x, preferred_element_type=wide())
+        return jnp.einsum(f"{turned}->{weights}", jax.lax.optimization_barrier(dw))
+
+    # XLA on a CPU transposes the first operand, together with the elementwise work before it and on one core (JAX's own rule, the cotangent
+    # first, took a quarter of a step there): the narrower one stands first, and the small result is turned, held apart by the barrier.
+    return dx, jax.lax.platform_dependent(x, g, cpu=narrow_first, default=plain).astype(w.dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -274,15 +287,21 @@ def head_outputs(
 ) -> tuple[Array, Any]:
     """What each head mixed [..., T, N, H], the input of the projection `o`, and the attention's new state (arguments as `block`)."""
     y = rms_norm(x, w["attention_norm"], c.rms_eps).astype(c.dtype)
-    q, k = (_rotated(y, w, name, angles, c) for name in "qk")
-    return attention(q, k, project("TD,DNH->TNH", y, w["v"]), state)
+    q, k, v = _rotated(y, w, "q", angles, c), _rotated(y, w, "k", angles, c), _projected(y, w, "v")
+    mixed, state = attention(q, k, v, state)
+    return checkpoint_name(mixed, KEPT), state
+
+
+def _projected(y: Array, w: dict[str, Array], name: str) -> Array:
+    """Queries ("q"), keys ("k") or values ("v") of normed activations y [..., T, D]."""
+    return checkpoint_name(project("TD,DNH->TNH", y, w[name]), KEPT)
 
 
 def _rotated(
     y: Array, w: dict[str, Array], name: str, angles: tuple[Array, Array], c: DecoderConfig
 ) -> Array:
-    """Queries ("q") or keys ("k") of normed activations y [..., T, D], ready for the attention."""
-    x = project("TD,DNH->TNH", y, w[name])
+    """As `_projected`, normed where the model does so, and rotated: ready for the attention."""
+    x = _projected(y, w, name)
     x = rms_norm(x, w[f"{name}_norm"], c.rms_eps) if c.qk_norm else x
     return rotate(x, angles).astype(c.dtype)
 
@@ -290,7 +309,8 @@ def _rotated(
 def neurons(x: Array, w: dict[str, Array], c: DecoderConfig) -> Array:
     """What each neuron of the SwiGLU says [..., T, F], the inputs of the projection `down` (x after the attention)."""
     y = rms_norm(x, w["mlp_norm"], c.rms_eps).astype(c.dtype)
-    return jax.nn.silu(project("TD,DF->TF", y, w["gate"])) * project("TD,DF->TF", y, w["up"])
+    gate, up = (checkpoint_name(project("TD,DF->TF", y, w[name]), KEPT) for name in ("gate", "up"))
+    return jax.nn.silu(gate) * up
 
 
 def block(
@@ -317,7 +337,7 @@ def block(
 
 def _finish(x: Array, mixed: Array, w: dict[str, Array], c: DecoderConfig) -> Array:
     """The residual stream [..., T, D] behind a layer whose heads have mixed [..., T, N, H]."""
-    x = x + project("TNH,NHD->TD", mixed, w["o"])
+    x = checkpoint_name(x + project("TNH,NHD->TD", mixed, w["o"]), KEPT)
     return x + project("TF,FD->TD", neurons(x, w, c), w["down"])
 
 
@@ -331,7 +351,7 @@ def block_at(
 ) -> Array:
     """As `block`, for a few tokens alone: all tell their keys and values, these are asked (x [B, T, D], tokens int [B, J])."""
     y = rms_norm(x, w["attention_norm"], c.rms_eps).astype(c.dtype)
-    k, v = _rotated(y, w, "k", angles, c), project("TD,DNH->TNH", y, w["v"])
+    k, v = _rotated(y, w, "k", angles, c), _projected(y, w, "v")
     rows = jnp.arange(x.shape[0])[:, None]
     q = _rotated(y[rows, tokens], w, "q", (angles[0][rows, tokens], angles[1][rows, tokens]), c)
     mixed, _ = attention(q, k, v, None)

@@ -203,12 +203,15 @@ def _label(options: argparse.Namespace) -> None:
     from jaxsearch.measurement.gate import gate_of, require_agreement
     from jaxsearch.models.contract import load_model
     from jaxsearch.scoring.label import label
+    from jaxsearch.training.distributed import find_processes, start, wait_for_others
 
+    start(find_processes())
     data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
     require_agreement(options.model, model, data, gate_of(model, options.minimum_kappa))
     report = label(model, data, options.output, per_query=options.per_query)
     rate = report.pairs / max(report.seconds, 1e-9)
-    print(f"{report.store}: {report.pairs} pairs scored, {rate:.0f} pairs/s")
+    print(f"{report.store}: {report.pairs} pairs scored, {rate:.0f} pairs/s", flush=True)
+    wait_for_others("labelled")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

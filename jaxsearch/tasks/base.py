@@ -61,8 +61,8 @@ class ModelConfig:
     compute_dtype: str = "float32"
     """"float32" or "bfloat16"; parameters, norms and softmax stay fp32."""
     remat: str = ""
-    """What a layer keeps for the backward pass: "none" keeps all, "dots" the projections, "full" its input only; empty: the preset's
-    own choice."""
+    """What a layer keeps for the backward pass: "none" keeps all, "dots" the projections, "lean" no more than it takes to do
+    no projection again, "full" its input only; empty: the preset's own choice."""
 
 
 @dataclass(frozen=True)

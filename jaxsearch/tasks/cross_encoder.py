@@ -33,6 +33,7 @@ from jaxsearch.tasks.base import (
     load_start,
     ranking_metrics,
 )
+from jaxsearch.training.distributed import share_work
 from jaxsearch.training.step import Batch
 from jaxsearch.training.task import Task
 
@@ -265,6 +266,14 @@ class CrossEncoderTask(Task):
             self._scorer.prefill.update(model)
         return self._scorer
 
+    def scored(
+        self, scorer: RecordScorer, queries: Sequence[Query], rows: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Logits [L, C] of each query's documents; several processes share the queries and all know the result."""
+        return share_work(
+            lambda numbers: scorer([queries[i] for i in numbers], [rows[i] for i in numbers]), len(queries)
+        )
+
     def relevance(self, logits: np.ndarray) -> np.ndarray:
         """What candidates are ordered by in the evaluation, [L] (logits [L, C])."""
         return logits[..., 0] - logits[..., 1]
@@ -272,7 +281,7 @@ class CrossEncoderTask(Task):
     def evaluate(self, model: Any) -> dict[str, float]:
         """NDCG@10, poor-match rate@10 and MRR on dev queries."""
         queries, candidates = evaluation_lists(self.data, "dev", self.config.data.eval_queries)
-        found = [self.relevance(logits) for logits in self.scorer(model)(queries, candidates)]
+        found = [self.relevance(logits) for logits in self.scored(self.scorer(model), queries, candidates)]
         metrics = ranking_metrics(self.data, queries, candidates, found)
         return {f"dev/{name}": float(np.nanmean(values)) for name, values in metrics.items()}
 

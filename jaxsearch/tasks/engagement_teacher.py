@@ -133,7 +133,7 @@ def engagement_auroc(task: CrossEncoderTask, model: Any, queries: list[Query]) -
     rows = [
         np.array([task.data.document_row[shown.document_id] for shown in page], np.int32) for page in pages
     ]
-    scores = action_log_odds(np.concatenate(task.scorer(model)(queries, rows)))
+    scores = action_log_odds(np.concatenate(task.scored(task.scorer(model), queries, rows)))
     truth = np.concatenate([action_values(page, task.actions) for page in pages])
     return {
         name: auroc(scores[:, i], np.nan_to_num(truth[:, i]), where=~np.isnan(truth[:, i]))

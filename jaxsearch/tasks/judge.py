@@ -151,7 +151,7 @@ class JudgeTask(CrossEncoderTask):
         if not pairs:
             return super().evaluate(model)
         queries = [self.data.queries["train"][p.query] for p in pairs]
-        logits = np.concatenate(self.scorer(model)(queries, [p.documents for p in pairs]))
+        logits = np.concatenate(self.scored(self.scorer(model), queries, [p.documents for p in pairs]))
         grades = np.concatenate([p.grades for p in pairs])
         found = np.argmax(logits, axis=-1)
         agreement = kappa(np.where(grades >= 0, grades, 0), found, where=grades >= 0)

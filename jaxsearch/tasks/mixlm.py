@@ -456,7 +456,7 @@ class MixLMTask(RankerTask):
         figures: dict[str, float] = {}
         for way, fetch in ways.items():
             scorer.fetch = fetch
-            found = [self.relevance(logits) for logits in scorer(queries, candidates)]
+            found = [self.relevance(logits) for logits in self.scored(scorer, queries, candidates)]
             metrics = ranking_metrics(self.data, queries, candidates, found)
             figures |= {f"dev/{way}{name}": float(np.nanmean(values)) for name, values in metrics.items()}
         if self.actions:

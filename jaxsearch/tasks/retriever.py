@@ -31,8 +31,12 @@ from jaxsearch.tasks.base import (
     ranking_metrics,
 )
 from jaxsearch.tasks.cross_encoder import store_targets
+from jaxsearch.training.distributed import share_work
 from jaxsearch.training.step import Batch, Losses
 from jaxsearch.training.task import Task
+
+PART = 256
+"""Documents that a process embeds at a time in an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -244,12 +248,20 @@ class RetrieverTask(Task):
         """Ranking metrics of a search over all documents, on dev queries."""
         embedder = self.embedder(model)
         queries = list(self.data.queries["dev"])[: self.config.data.eval_queries]
-        index = ExhaustiveIndex(embedder.documents(self.data.documents))
+        index = ExhaustiveIndex(self._document_embeddings(embedder))
         rows, scores = index.search(
             embedder.queries(queries), min(EVALUATION_DEPTH, len(self.data.documents))
         )
         metrics = ranking_metrics(self.data, queries, list(rows), list(scores))
         return {f"dev/{name}": float(np.nanmean(values)) for name, values in metrics.items()}
+
+    def _document_embeddings(self, embedder: Embedder) -> np.ndarray:
+        """fp32 [M, D] of all documents; several processes share them."""
+        documents = self.data.documents
+        parts = [slice(start, start + PART) for start in range(0, len(documents), PART)]
+        return np.concatenate(
+            share_work(lambda numbers: [embedder.documents(documents[parts[i]]) for i in numbers], len(parts))
+        )
 
     def export(self, model: Any, folder: Path, config: TrainConfig) -> None:
         """Write the model with its contract."""

@@ -1,9 +1,10 @@
 """Many processes as one job: how they find each other, and the check that they run the same thing."""
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,12 @@ def start(processes: Processes | None, heartbeat: int = 100) -> None:
         ) from error
 
 
+def wait_for_others(what: str) -> None:
+    """Return when every process has called this; one that leaves a job early ends the others."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def code_version() -> str:
     """Return a hash of this package's source files and JAX's version; needs no git on the machine."""
     digest = hashlib.sha256(jax.__version__.encode())
@@ -151,12 +158,36 @@ def find_differences(versions: list[dict[str, Any]]) -> list[str]:
 
 def _gather(text: str) -> list[str]:
     """The texts of all processes, in their order."""
-    data = np.frombuffer(text.encode(), np.uint8)
+    return [data.decode() for data in _gather_bytes(text.encode())]
+
+
+def _gather_bytes(mine: bytes) -> list[bytes]:
+    data = np.frombuffer(mine, np.uint8)
     sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+    return [bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+
+def share_work(compute: Callable[[np.ndarray], Sequence[np.ndarray]], count: int) -> list[np.ndarray]:
+    """Return what `compute` gives for numbers 0 to count - 1, each computed by one process and known to all; call it in all of them.
+
+    Args:
+        compute: function of int [n], some of the numbers in order; gives an array for each.
+        count: how many there are.
+    """
+    processes, index = jax.process_count(), jax.process_index()
+    if processes == 1:
+        return list(compute(np.arange(count)))
+    numbers = np.arange(index, count, processes)
+    file = io.BytesIO()
+    np.savez(file, *(compute(numbers) if len(numbers) else ()))
+    parts = []
+    for data in _gather_bytes(file.getvalue()):
+        with np.load(io.BytesIO(data)) as arrays:
+            parts.append([arrays[name] for name in arrays.files])
+    return [parts[number % processes][number // processes] for number in range(count)]
 
 
 def on_host(tree: Any) -> Any:
