@@ -1,4 +1,4 @@
-"""The summariser's training: advantages, policy gradient and divergence by hand, samples as they are scored alone, and a reward that rises."""
+"""Training of the summariser: its losses by hand, samples as they are scored alone, and a reward that rises."""
 
 import dataclasses
 import json
