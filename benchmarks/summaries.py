@@ -4,7 +4,7 @@
         --dataset job_market:tiny --data-dir runs/demo/data --tokens 8 4 [--jsonl benchmarks/results/summaries.jsonl]
 
 For each budget of --tokens: summaries by truncation and by selection; a summariser that starts from --base (a language model with the
-ranker's tokenizer) and imitates the selection, then learns from the ranker by GRPO; and for each kind of summary the ranker as it is
+ranker's tokenizer) and imitates both, then learns from the ranker by GRPO; and for each kind of summary the ranker as it is
 (`frozen`) and the ranker after --tune steps on those summaries (`tuned`), taught by its own scores of the full text. The ranker tuned as
 long on full text is there too. Nothing here reads a grade until the end. What a former run finished is kept.
 
@@ -107,7 +107,7 @@ class Bench:
         steps = [["--steps", str(n)] if n else [] for n in (self.options.imitation, self.options.grpo)]
         imitation = self.summariser(
             "imitation", budget, self.options.variant + "_imitation", "--task.model.init-from", self.options.base,
-            "--task.targets", found["extractive"], *steps[0],
+            "--task.targets", found["extractive"], found["truncate"], *steps[0],
         )  # fmt: skip
         found["imitation"] = self.store(f"store_imitation_{budget}", make_summary_writer(imitation))
         grpo = self.summariser(

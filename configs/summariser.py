@@ -5,8 +5,9 @@ First the ranker's scores of the full text, and short texts to begin with; then 
     python serve.py label --model runs/ranker/model --dataset job_market:tiny --output runs/ranker_scores --per-query 16
     python serve.py summarise --method extractive --tokenizer runs/ranker/model --tokens 8 --dataset job_market:tiny \
         --output runs/extractive
+    python serve.py summarise --method truncate --tokenizer runs/ranker/model --tokens 8 --dataset job_market:tiny --output runs/truncated
     python train.py --config configs/summariser.py:tiny_imitation --workdir runs/imitation \
-        --task.model.init-from runs/base/model --task.targets runs/extractive
+        --task.model.init-from runs/base/model --task.targets runs/extractive runs/truncated
     python train.py --config configs/summariser.py:tiny --workdir runs/summariser --task.model.init-from runs/imitation/model \
         --task.ranker runs/ranker/model --task.scores runs/ranker_scores
     python serve.py summarise --model runs/summariser/model --dataset job_market:tiny --output runs/summaries
@@ -42,7 +43,7 @@ def _tiny() -> TrainConfig:
 
 
 def _tiny_imitation() -> TrainConfig:
-    return dataclasses.replace(_tiny(), steps=200, batch_size=64, optimizer=tiny_optimizer())
+    return dataclasses.replace(_tiny(), steps=100, batch_size=64, optimizer=tiny_optimizer())
 
 
 def _smollm2() -> TrainConfig:

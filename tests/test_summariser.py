@@ -362,7 +362,7 @@ def test_imitation_then_a_reward_that_rises(folder: Path, tmp_path: Path) -> Non
         start = ["--task.model.init-from", str(tmp_path / "imitation" / "model")]
         reward = ["--task.ranker", str(folder / "ranker"), "--task.scores", str(folder / "scores")]
         strong = ["--optimizer.learning-rate", "0.01", "--task.length-weight", "0.02", "--task.samples", "8"]
-        steps = ["--steps", "30", "--log-every", "6", "--task.updates", "2", "--accumulation", "2"]
+        steps = ["--steps", "30", "--log-every", "6"]
         config = load_config("configs/summariser.py:tiny", options(folder, *start, *reward, *strong, *steps))
         figures = run(config, tmp_path / "grpo")
         rows = _rows(tmp_path / "grpo")

@@ -2,7 +2,7 @@
 
 Two phases, each a run of its own:
 
-- imitation (`targets`): cross entropy of summaries from a store, such as the extractive ones: a start from which sampling finds something;
+- imitation (`targets`): cross entropy of summaries from stores, such as the extractive ones: a start from which sampling finds something;
 - GRPO (`ranker`): sample G summaries of each document and push up those that did better than the others of their document. The reward is
 
       - KL(ranker on summary || ranker on full text), a mean over K training queries
@@ -78,8 +78,9 @@ class SummariserConfig(TaskConfig):
     """Size and start."""
     prompt: PromptConfig = field(default_factory=lambda: PromptConfig("summariser"))
     """Prompt template of kind "summariser"; its `max_answer_tokens` is the budget, the end token included."""
-    targets: str = ""
-    """Store of summaries to imitate (`serve.py summarise`); empty: GRPO."""
+    targets: tuple[str, ...] = ()
+    """Stores of summaries to imitate (`serve.py summarise`), one of them drawn for a document each time: samples then differ, and GRPO has
+    something to choose from. Empty: GRPO."""
     ranker: str = ""
     """Model folder of the ranker that rewards; with `targets` it only measures."""
     scores: str = ""
@@ -315,20 +316,25 @@ def _load_ranker(folder: str, start: Start) -> Model:
 
 
 class ImitationTask(SummariserTask):
-    """Cross entropy of the summaries in a store, a mean over tokens."""
+    """Cross entropy of the summaries in some stores, a mean over tokens."""
 
     def __init__(self, config: SummariserConfig, data: Dataset):
         super().__init__(config, data)
-        store, hidden = SummaryStore.open(config.targets), set(data.held_out.tolist())
-        self._rows = [
-            row for row, document in enumerate(data.documents) if row not in hidden and store.get(document)
-        ]
-        if not self._rows:
+        stores, hidden = [SummaryStore.open(folder) for folder in config.targets], set(data.held_out.tolist())
+        found = {
+            row: texts
+            for row, document in enumerate(data.documents)
+            if row not in hidden and (texts := [text for store in stores if (text := store.get(document))])
+        }
+        if not found:
             raise ConfigError(
-                f"task.targets is {config.targets!r}: it has no fresh summary of any document of {data.name}"
+                f"task.targets is {config.targets!r}: there is no fresh summary of any document of {data.name}"
             )
-        texts = self.start.tokenizer.encode([store.get(data.documents[row]) for row in self._rows])
-        self._texts = [[*ids[: self.budget - 1], self.room.end_id] for ids in texts]
+        self._rows = list(found)
+        self._texts = [
+            [[*ids[: self.budget - 1], self.room.end_id] for ids in self.start.tokenizer.encode(texts)]
+            for texts in found.values()
+        ]
 
     @property
     def num_examples(self) -> int:
@@ -346,8 +352,9 @@ class ImitationTask(SummariserTask):
     def batch(self, indices: np.ndarray, rngs: Sequence[np.random.Generator]) -> Batch:
         """prompt [B, T], and text int [B, 1, M], its end token included, `NO_TOKEN` behind it."""
         text = np.full((len(indices), 1, self.budget), NO_TOKEN, np.int32)
-        for place, index in enumerate(indices):
-            ids = self._texts[index]
+        for place, (index, rng) in enumerate(zip(indices, rngs, strict=True)):
+            texts = self._texts[index]
+            ids = texts[rng.integers(len(texts))]
             text[place, 0, : len(ids)] = ids
         return {"prompt": self.prompts([self._rows[i] for i in indices]), "text": text}
 
