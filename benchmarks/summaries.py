@@ -13,15 +13,19 @@ Lines:
 - `ranking`: per budget, kind of summary and ranker: NDCG@10 (gain 2^grade - 1) and poor-match rate@10 over --test-queries searches of a
   test split, on BM25's candidates (or the data set's own); the difference from the full-text ranker, paired by query (95% interval);
   mean tokens of a document and how many times fewer they are; KL of relevance to the full-text ranker; documents read in full.
+- `units` (without --ranker, and then alone; tokens are those of --base): per budget and kind of summary, mean tokens, and for each field of
+  few words the share of its entries that stand in the summary, word for word.
 - `curve`: per budget, the metrics of every logged GRPO step.
 
 The figure beside them (--workdir, `reward_N.png`) shows reward, KL to the ranker and length over the steps.
 """
 
 import argparse
+import dataclasses
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +35,11 @@ from funnel import Demo
 from machine import describe
 from record import append
 
-from jaxsearch.compression.extractive import Extractive, Truncation
+from jaxsearch.compression.extractive import Extractive, Truncation, plain_text, split_units
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.records import Document, Query
 from jaxsearch.data.summaries import Summariser, show_documents, summarise_documents
+from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import paired_bootstrap
 from jaxsearch.models.contract import Model, load_model
@@ -46,6 +51,9 @@ from jaxsearch.tasks.summariser import mean_divergence, mean_tokens
 
 CURVE = ("reward", "ranker_kl", "summary_tokens", "copied", "moved", "loss")
 KINDS = ("truncate", "extractive", "imitation", "grpo")
+WORD = re.compile(r"[^\W_]+")
+SHORT = 12
+"""Words of a field that is no running text, at most."""
 
 
 class Measured(NamedTuple):
@@ -126,7 +134,8 @@ class Bench:
         limit = str(contract.prompts["pair"].max_document_tokens)
         return self.demo.train(
             f"tuned_{name}", "ranker.py:tiny", "--task.model.init-from", self.options.ranker, *teachers,
-            "--task.prompt.max-document-tokens", limit, "--steps", str(self.options.tune), "--task.summaries", summaries,
+            "--task.prompt.max-document-tokens", limit, "--task.prompt.features", *contract.prompts["pair"].features,
+            "--steps", str(self.options.tune), "--task.summaries", summaries,
             "--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "0.006",
         )  # fmt: skip
 
@@ -169,7 +178,8 @@ class Bench:
             yield from self.curve(budget)
             for kind in KINDS:
                 shown = show_documents(documents, stores[kind])
-                more = {"budget": budget, "full": shown.full}
+                kept = kept_units(documents, [plain_text(document) for document in shown.documents])
+                more = {"budget": budget, "full": shown.full, "fields": kept}
                 yield self.line(kind, "frozen", self.measure(self.ranker, shown.documents), full, more)
                 if self.options.tune:
                     model = self.tuned(f"{kind}_{budget}", stores[kind])
@@ -187,6 +197,46 @@ class Bench:
                 "step": row["step"],
                 **{name: row[name] for name in CURVE},
             }
+
+
+def _words(text: str) -> str:
+    """The words alone, with a space around each."""
+    return f" {' '.join(WORD.findall(text.casefold()))} "
+
+
+def kept_units(documents: Sequence[Document], texts: Sequence[str]) -> dict[str, float]:
+    """For each field of short entries, the mean share of its entries that stand in the summary."""
+    shares: dict[str, list[float]] = {}
+    for document, text in zip(documents, texts, strict=True):
+        said = _words(text)
+        for name, value in document.fields.items():
+            if value.strip() and len(value.split()) <= SHORT:
+                entries = split_units(dataclasses.replace(document, fields={name: value}))
+                found = [_words(entry) in said for entry in entries]
+                shares.setdefault(name, []).append(float(np.mean(found)))
+    return {name: round(float(np.mean(values)), 4) for name, values in shares.items()}
+
+
+def units(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What truncation and selection keep, without any model."""
+    documents = open_data(DataConfig(options.dataset, options.data_dir)).documents
+    tokenizer = Tokenizer.load(options.base)
+
+    def line(kind: str, budget: int, texts: Sequence[str]) -> dict[str, Any]:
+        tokens = float(np.mean([len(ids) for ids in tokenizer.encode(texts)]))
+        return {
+            "kind": "units",
+            "text": kind,
+            "budget": budget,
+            "tokens": tokens,
+            "fields": kept_units(documents, texts),
+        }
+
+    full = [plain_text(document) for document in documents]
+    yield line("full", 0, full)
+    for budget in options.tokens:
+        yield line("truncate", budget, Truncation(tokenizer, budget)(documents))
+        yield line("extractive", budget, Extractive(tokenizer, budget, documents)(documents))
 
 
 def draw(path: Path, rows: list[dict[str, float]], budget: int) -> None:
@@ -211,7 +261,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", default="runs/summaries")
-    parser.add_argument("--ranker", required=True, help="model folder of a ranker of full text")
+    parser.add_argument("--ranker", default="", help="model folder of a ranker of full text")
     parser.add_argument("--base", required=True, help="model folder that the summariser starts from")
     parser.add_argument("--dataset", default="job_market:tiny")
     parser.add_argument("--data-dir", default="runs/demo/data")
@@ -227,16 +277,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jsonl", type=Path, help="append the results to this file")
     options = parser.parse_args()
-    bench = Bench(options)
-    common = {
-        "command": " ".join(["python", *sys.argv]),
-        "dataset": bench.data.name,
-        "model": bench.ranker.hash,
-        "seed": options.seed,
-        "machine": describe(),
-    }
-    for line in bench.rows():
-        if line["kind"] == "ranking":
+    common = {"command": " ".join(["python", *sys.argv]), "dataset": options.dataset, "seed": options.seed}
+    common["machine"] = describe()
+    lines = units(options)
+    if options.ranker:
+        bench = Bench(options)
+        common["model"] = bench.ranker.hash
+        lines = bench.rows()
+    for line in lines:
+        if line["kind"] != "curve":
             words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
             print(*words, sep="  ", flush=True)
         append(options.jsonl, [common | line])

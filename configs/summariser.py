@@ -36,9 +36,9 @@ def _tiny() -> TrainConfig:
             length_weight=0.002,
             copy_weight=0.05,
         ),
-        steps=400,
-        batch_size=32,
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=15, b2=0.98),
+        steps=300,
+        batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=15, b2=0.98),
     )
 
 

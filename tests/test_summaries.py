@@ -103,17 +103,17 @@ def test_extractive_keeps_whole_units_within_the_budget(budget: int) -> None:
 
 
 def test_extractive_prefers_what_is_the_documents_own() -> None:
-    """Words of every document say little, and what was said is not said again."""
-    corpus = [
-        Document(f"d{i}", {"text": f"We pay well. {name} wanted here. {name} wanted. We pay very well."})
-        for i, name in enumerate(("Welder", "Nurse", "Chef", "Diver"))
-    ]
+    """Words of every document say little, what was said is not said again, and of two alike the earlier one is taken."""
+    names = ("Welder", "Nurse", "Chef", "Diver")
+    corpus = [Document(f"d{i}", {"text": f"Apply. {name}. {name}s."}) for i, name in enumerate(names)]
     tokenizer = small_tokenizer()
-    size = len(tokenizer.encode(["Welder wanted."])[0])
-    assert Extractive(tokenizer, size, corpus)(corpus)[0] == "Welder wanted."
-    more = len(tokenizer.encode(["We pay very well.; Welder wanted here."])[0])
-    novel = Extractive(tokenizer, more, corpus)(corpus)[0]
-    assert (novel.count("Welder"), novel.count("pay")) == (1, 1)
+    size = max(len(ids) for ids in tokenizer.encode(["Apply.", *(f"{name}." for name in names)]))
+    assert Extractive(tokenizer, size, corpus)(corpus) == [f"{name}." for name in names]
+    again = [Document("d", {"text": "Welder wanted. Welder wanted now. Apply soon."})]
+    more = len(tokenizer.encode(["Welder wanted.; Welder wanted now."])[0])
+    assert Extractive(tokenizer, more, again, balance=0.3)(again) == ["Welder wanted.; Apply soon."]
+    twice = [Document("d", {"a": "Welder, nurse", "b": "chef, diver"})]
+    assert Extractive(tokenizer, len(tokenizer.encode(["Welder"])[0]), twice)(twice) == ["Welder"]
 
 
 def test_truncation_is_the_start_of_the_text() -> None:

@@ -19,6 +19,8 @@ from jaxsearch.errors import InputError
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\s*\n+\s*")
 _ENTRY = re.compile(r"\s*[,;]\s*")
 _WORD = r"(?u)\b\w+\b"
+_POSITION = 0.5
+"""Weight of standing early, beside that of being about what the document is about."""
 SEPARATOR = "; "
 """Between fields, and between the units of a summary."""
 
@@ -75,15 +77,16 @@ class Truncation:
 
 
 class Extractive:
-    r"""Whole units of the document, chosen one after another by maximal marginal relevance to the document itself.
+    r"""Whole units of the document, chosen one after another: what the document is about, said early, and not said yet.
 
     .. math::
-        \arg\max_u \frac{\lambda \cos(u, d) - (1 - \lambda) \max_{s \in S} \cos(u, s)}{|u|^{1/2}}
+        \arg\max_u \frac{\lambda (c_u + p_u) - (1 - \lambda) \max_{s \in S} \cos(u, s)}{|u|^{1/2}},
+        \quad c_u = \cos(u, d), \quad p_u = \frac{n - i_u + 1}{2 n} \max_v c_v
 
-    over the units that still fit, with TF-IDF vectors (Carbonell & Goldstein, "The Use of MMR", SIGIR 1998; the document's own vector
-    stands for the query: the centroid of Radev et al., 2004; the cost in tokens below as in Lin & Bilmes, "Multi-document Summarization
-    via Budgeted Maximization of Submodular Functions", NAACL 2010). Chosen units keep the document's order. Where none fits, the best one
-    is cut.
+    over the units that still fit, with TF-IDF vectors: centroid and position value of MEAD (Radev et al., "Centroid-based Summarization
+    of Multiple Documents", 2004; there the position weighs twice as much), novelty by maximal marginal relevance (Carbonell & Goldstein,
+    SIGIR 1998), the cost in tokens below as in Lin & Bilmes ("Multi-document Summarization via Budgeted Maximization of Submodular
+    Functions", NAACL 2010). Chosen units keep the document's order. Where none fits, the best one is cut.
 
     Args:
       tokenizer: counts the tokens; the ranker's own.
@@ -127,6 +130,7 @@ class Extractive:
         vectors = self._vectors.transform(units)  # [U, words], rows of length 1 or 0
         centroid = np.asarray(self._vectors.transform([" ".join(units)]).todense()).ravel()
         relevance = vectors @ centroid
+        relevance = relevance + _POSITION * (1 - np.arange(len(units)) / len(units)) * relevance.max()
         alike = np.asarray((vectors @ vectors.T).todense())
         costs = np.array([len(ids) for ids in self._tokenizer.encode(units)])
         chosen: list[int] = []
