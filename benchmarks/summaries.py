@@ -168,11 +168,9 @@ class Bench:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every line, as soon as it is measured."""
         documents = list(self.data.documents)
-        full = self.measure(self.ranker, documents)
-        yield self.line("full", "frozen", full, full, {"budget": 0, "full": len(documents)})
-        if self.options.tune:
-            again = self.measure(self.tuned("full", ""), documents)
-            yield self.line("full", "tuned", again, full, {"budget": 0, "full": len(documents)})
+        full, read = self.measure(self.ranker, documents), {"budget": 0, "full": len(documents)}
+        yield self.line("full", "frozen", full, full, read)
+        tuned: list[tuple[str, str, list[Document], dict[str, Any]]] = [("full", "", documents, read)]
         for budget in self.options.tokens:
             stores = self.stores(budget)
             yield from self.curve(budget)
@@ -181,9 +179,10 @@ class Bench:
                 kept = kept_units(documents, [plain_text(document) for document in shown.documents])
                 more = {"budget": budget, "full": shown.full, "fields": kept}
                 yield self.line(kind, "frozen", self.measure(self.ranker, shown.documents), full, more)
-                if self.options.tune:
-                    model = self.tuned(f"{kind}_{budget}", stores[kind])
-                    yield self.line(kind, "tuned", self.measure(model, shown.documents), full, more)
+                tuned.append((kind, stores[kind], shown.documents, more))
+        for kind, store, texts, more in tuned if self.options.tune else ():
+            model = self.tuned(f"{kind}_{more['budget']}", store)
+            yield self.line(kind, "tuned", self.measure(model, texts), full, more)
 
     def curve(self, budget: int) -> Iterator[dict[str, Any]]:
         """The GRPO run's metrics, and their figure."""

@@ -37,6 +37,9 @@ Reduction = Literal["mean", "sum", "none"]
 # Stands for log(0): far below any logit, yet finite, so that no NaN arises where it is multiplied by 0.
 _LOG_ZERO = -1e30
 
+# A log-ratio of two models' probabilities beyond this is held there, so that its exponential stays finite.
+_FAR = 30.0
+
 
 def masked_mean(values: Array, *, where: Array) -> Array:
     """The mean of the values (any shape) where the bool mask is True, an fp32 scalar; 0 where nothing is.
@@ -491,7 +494,7 @@ def clipped_policy(
     if not clip > 0:
         raise ValueError(f"clip is {clip}: give a number above 0, such as 0.2")
     old = jax.lax.stop_gradient(_keep(old_log_probs, where))
-    ratio = jnp.exp(_keep(log_probs, where) - old)
+    ratio = jnp.exp(jnp.clip(_keep(log_probs, where) - old, -_FAR, _FAR))
     gain = jax.lax.stop_gradient(advantages)[..., None].astype(ratio.dtype)
     return _reduce(-jnp.minimum(ratio * gain, jnp.clip(ratio, 1 - clip, 1 + clip) * gain), where, reduction)
 
@@ -515,6 +518,7 @@ def reference_kl(
     _check_where("where", where, log_probs.shape)
     _check_shape("reference_log_probs", reference_log_probs, log_probs.shape)
     apart = jax.lax.stop_gradient(_keep(reference_log_probs, where)) - _keep(log_probs, where)
+    apart = jnp.clip(apart, -_FAR, _FAR)
     return _reduce(jnp.expm1(apart) - apart, where, reduction)
 
 
