@@ -21,7 +21,7 @@ from jaxsearch.data.prompts import PromptRoom
 from jaxsearch.data.summaries import summarise_documents, with_summary
 from jaxsearch.losses import clipped_policy, group_advantages, reference_kl
 from jaxsearch.models.attention import Causal
-from jaxsearch.models.contract import load_model, save_model
+from jaxsearch.models.contract import load_model, make_module, save_model
 from jaxsearch.models.generate import generate
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.label import label
@@ -287,6 +287,28 @@ def _odds(ranker: Scorer, tokens: jax.Array, where: jax.Array) -> jax.Array:
     last = hidden[0, jnp.sum(where) - 1]
     logits = ranker.label_matrix() @ last
     return logits[0] - logits[1]
+
+
+def test_actions_count_by_their_share(folder: Path, tmp_path: Path) -> None:
+    ranker = load_model(folder / "ranker")
+    contract = dataclasses.replace(ranker.contract, actions=("click", "apply"))
+    save_model(tmp_path / "ranker", filled(lambda r: make_module(contract, r), 7), contract, ranker.tokenizer)
+    with small_world() as data:
+        label(load_model(tmp_path / "ranker"), data, tmp_path / "scores")
+        found = {}
+        for alpha in (1.0, 0.5, 0.0):
+            task = build(
+                tmp_path, "--task.model.tokenizer", str(folder / "ranker"), "--task.alpha", str(alpha)
+            )
+            batch = task.batch(np.array([1]), rngs(0, 1))
+            assert batch["full"].shape == (1, 2, 3)
+            texts = jnp.array([[[40, 41, 42, 43, 44], [50, 51, 52, 53, 54], [40, 41, 42, 43, 44]]])
+            module = task._ranker.module
+            judged = jax.jit(task.rewards)(module, batch, texts, jnp.ones(texts.shape, bool))
+            found[alpha] = np.asarray(judged["ranker_kl"])[0]
+    np.testing.assert_allclose(found[0.5], (found[1.0] + found[0.0]) / 2, rtol=1e-4)
+    assert abs(found[1.0] - found[0.0]).max() > 1e-3
+    assert found[0.0][0] == found[0.0][2]
 
 
 def test_items_of_summaries() -> None:
