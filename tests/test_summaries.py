@@ -112,8 +112,10 @@ def test_extractive_prefers_what_is_the_documents_own() -> None:
     again = [Document("d", {"text": "Welder wanted. Welder wanted now. Apply soon."})]
     more = len(tokenizer.encode(["Welder wanted.; Welder wanted now."])[0])
     assert Extractive(tokenizer, more, again, balance=0.3)(again) == ["Welder wanted.; Apply soon."]
-    twice = [Document("d", {"a": "Welder, nurse", "b": "chef, diver"})]
-    assert Extractive(tokenizer, len(tokenizer.encode(["Welder"])[0]), twice)(twice) == ["Welder"]
+    alike = [Document("d", {"a": "xq, xw", "b": "xz, xj"})]
+    costs = [len(ids) for ids in tokenizer.encode(["xq", "xw", "xz", "xj"])]
+    assert costs == costs[:1] * 4
+    assert Extractive(tokenizer, costs[0], alike)(alike) == ["xq"]
 
 
 def test_truncation_is_the_start_of_the_text() -> None:
