@@ -1,4 +1,4 @@
-"""Serve a trained funnel: `python serve.py build | batch | label --help`."""
+"""Serve a trained funnel: `python serve.py build | batch | label | summarise --help`."""
 
 import sys
 

@@ -9,7 +9,7 @@ What holds for every loss here:
   for averages over several batches, and `"none"` returns them one by one, 0 where masked.
 - Targets are constants: no gradient flows into them.
 
-Axes: B queries, L items, T tokens, D width, V vocabulary, A actions, C classes, M documents.
+Axes: B queries, L items, T tokens, D width, V vocabulary, A actions, C classes, M documents, G samples of one prompt.
 
 >>> import jax.numpy as jnp
 >>> log_odds, target = jnp.array([0.0, 2.0]), jnp.array([0.5, 0.5])
@@ -36,6 +36,9 @@ Reduction = Literal["mean", "sum", "none"]
 
 # Stands for log(0): far below any logit, yet finite, so that no NaN arises where it is multiplied by 0.
 _LOG_ZERO = -1e30
+
+# A log-ratio of two models' probabilities beyond this is held there, so that its exponential stays finite.
+_FAR = 30.0
 
 
 def masked_mean(values: Array, *, where: Array) -> Array:
@@ -426,6 +429,97 @@ def distillation(
         eng_student, eng_teacher_prob, where=where_eng, task_weights=task_weights, temperature=temperature
     )
     return alpha * relevance + (1 - alpha) * engagement
+
+
+def group_advantages(rewards: Array, *, where: Array) -> Array:
+    r"""How much better each sample of a prompt did than the prompt's samples on average; a constant.
+
+    .. math::
+        A_i = \frac{r_i - \bar r}{\sigma(r) + 10^{-4}}
+
+    Shao et al., "DeepSeekMath" (arXiv 2402.03300, section 4.1: group relative policy optimisation). Samples that all did alike, and one
+    alone, have advantage 0.
+
+    Args:
+        rewards: [..., G].
+        where: bool [..., G], the samples that exist.
+
+    Returns:
+        fp32 [..., G].
+
+    >>> rewards = jnp.array([[1.0, 3.0, 9.0]])
+    >>> print(group_advantages(rewards, where=jnp.array([[True, True, False]])).round(2))
+    [[-1.  1.  0.]]
+    """
+    _check_where("where", where, rewards.shape)
+    rewards = jax.lax.stop_gradient(_keep(rewards, where))
+    count = jnp.maximum(jnp.sum(where, axis=-1, keepdims=True), 1)
+    centred = _keep(rewards - jnp.sum(rewards, axis=-1, keepdims=True) / count, where)
+    deviation = jnp.sqrt(jnp.sum(centred * centred, axis=-1, keepdims=True) / count)
+    return centred / (deviation + 1e-4)
+
+
+def clipped_policy(
+    log_probs: Array,
+    old_log_probs: Array,
+    advantages: Array,
+    *,
+    where: Array,
+    clip: float,
+    reduction: Reduction = "mean",
+) -> Array:
+    r"""Policy gradient of sampled tokens, clipped where the policy has moved far from the one that sampled them.
+
+    .. math::
+        \ell_t = -\min \left( \rho_t A, \mathrm{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A \right),
+        \quad \rho_t = \frac{\pi(y_t)}{\pi_{old}(y_t)}
+
+    Schulman et al., "Proximal Policy Optimization" (arXiv 1707.06347), as GRPO uses it (arXiv 2402.03300). A mean over tokens, not over
+    texts, so that a token weighs the same in a short text and in a long one.
+
+    Args:
+        log_probs: [..., T] of the sampled tokens, now.
+        old_log_probs: [..., T], when they were sampled; a constant.
+        advantages: [...], of each text; a constant.
+        where: bool [..., T], the tokens that were sampled: nothing behind the end token.
+        clip: epsilon, above 0.
+        reduction: over tokens.
+
+    Raises:
+        ValueError: the clip is not above 0, or shapes disagree.
+    """
+    _check_where("where", where, log_probs.shape)
+    _check_shape("old_log_probs", old_log_probs, log_probs.shape)
+    _check_shape("advantages", advantages, log_probs.shape[:-1])
+    if not clip > 0:
+        raise ValueError(f"clip is {clip}: give a number above 0, such as 0.2")
+    old = jax.lax.stop_gradient(_keep(old_log_probs, where))
+    ratio = jnp.exp(jnp.clip(_keep(log_probs, where) - old, -_FAR, _FAR))
+    gain = jax.lax.stop_gradient(advantages)[..., None].astype(ratio.dtype)
+    return _reduce(-jnp.minimum(ratio * gain, jnp.clip(ratio, 1 - clip, 1 + clip) * gain), where, reduction)
+
+
+def reference_kl(
+    log_probs: Array, reference_log_probs: Array, *, where: Array, reduction: Reduction = "mean"
+) -> Array:
+    r"""Estimate of the policy's divergence from a reference model on the policy's own samples; never negative, 0 at the reference.
+
+    .. math::
+        \ell_t = \frac{\pi_{ref}(y_t)}{\pi(y_t)} - \log \frac{\pi_{ref}(y_t)}{\pi(y_t)} - 1
+
+    The term of GRPO (arXiv 2402.03300, equation 4).
+
+    Args:
+        log_probs: [..., T] of the sampled tokens.
+        reference_log_probs: [..., T]; a constant.
+        where: bool [..., T], the tokens that were sampled.
+        reduction: over tokens.
+    """
+    _check_where("where", where, log_probs.shape)
+    _check_shape("reference_log_probs", reference_log_probs, log_probs.shape)
+    apart = jax.lax.stop_gradient(_keep(reference_log_probs, where)) - _keep(log_probs, where)
+    apart = jnp.clip(apart, -_FAR, _FAR)
+    return _reduce(jnp.expm1(apart) - apart, where, reduction)
 
 
 def _keep(values: Array, where: Array) -> Array:

@@ -205,7 +205,7 @@ def test_calibrators_and_utility_are_kept(funnel: Funnel, tmp_path: Path) -> Non
 
 def test_a_bundle_of_format_1_is_ordered_by_relevance(copy: Path, bundle: Bundle) -> None:
     values = json.loads((copy / BUNDLE_FILE).read_text())
-    assert values["format"] == 2
+    assert values["format"] == 3
     del values["utility"]
     (copy / BUNDLE_FILE).write_text(json.dumps(values | {"format": 1}))
     opened = Bundle.open(copy)
@@ -277,7 +277,7 @@ def test_a_bundle_that_is_replaced_while_it_is_read_is_not_opened(
         ("{", "cannot be used"),
         ("[]", "cannot be used"),
         ("{}", "cannot be used .*format"),
-        ('{"format": 3}', "format is 3, this version reads 2"),
+        ('{"format": 4}', "format is 4, this version reads 3"),
         ('{"format": 1, "ranker": "x"}', "cannot be used .*retriever"),
         ("[" * 100_000, "cannot be used"),
     ],

@@ -13,7 +13,7 @@ from small_models import SMALL
 
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.prompts import PromptConfig
-from jaxsearch.data.records import Document, to_dict
+from jaxsearch.data.records import Document, content_hash, to_dict
 from jaxsearch.models.contract import (
     Contract,
     ContractError,
@@ -27,7 +27,6 @@ from jaxsearch.scoring import embedding_store
 from jaxsearch.scoring.embedding_store import (
     EmbeddingStore,
     EmbeddingStoreError,
-    content_hash,
     encode_documents,
 )
 from jaxsearch.scoring.mixed import DocumentEmbedder, make_document_embedder

@@ -59,6 +59,11 @@ CASES = {
             where_eng=jnp.broadcast_to(where[..., None], x.shape),
         ),
     ),
+    "clipped_policy": (
+        (),
+        lambda x, where: losses.clipped_policy(x, SOFT, jnp.array([1.0, -2.0]), where=where, clip=0.2),
+    ),
+    "reference_kl": ((), lambda x, where: losses.reference_kl(x, SOFT, where=where)),
     "info_nce": (
         (6,),
         lambda x, where: losses.info_nce(

@@ -49,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--mesh", type=int, nargs=3, metavar=("DATA", "FSDP", "TENSOR"), help="devices (default: one device)"
     )
+    prune.add_argument(
+        "--summaries",
+        default="",
+        help="store of `serve.py summarise` that the model reads in the place of text (default: the text)",
+    )
     prune.add_argument("--output", required=True, help="model folder of the smaller model")
     return parser
 
@@ -59,6 +64,7 @@ def _prune(options: argparse.Namespace) -> None:
     from jaxsearch.compression import pruning
     from jaxsearch.config import MeshConfig
     from jaxsearch.data.datasets import load_dataset
+    from jaxsearch.data.summaries import show_data
     from jaxsearch.models.contract import check_output, load_model
     from jaxsearch.training.sharding import make_mesh
 
@@ -79,6 +85,7 @@ def _prune(options: argparse.Namespace) -> None:
     plan.apply(before)
     mesh = make_mesh(MeshConfig(*options.mesh)) if options.mesh else None
     data = load_dataset(options.dataset, options.data_dir or None)
+    data = show_data(data, options.summaries, model.contract.summariser)
     with tqdm(total=pruning.steps(before, plan), desc="pruning", unit="layer") as bar:
         pruned = pruning.prune_model(
             model,

@@ -21,7 +21,7 @@ from jaxsearch.data.records import Document, Query
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.errors import InputError
 
-KINDS = ("judge", "ranker", "query", "document")
+KINDS = ("judge", "ranker", "query", "document", "summariser")
 STYLES = ("full", "short")
 ANSWERS = ("grade", "grade_rationale", "rationale_grade")
 
@@ -68,9 +68,10 @@ FORMATS = {
 _SYSTEM = {
     "ranker": "You decide whether a {thing} is relevant to a search. Answer Yes or No.",
     "judge": "You grade how well a {thing} answers a search, from 0 to 4, by this policy.\n\n{policy}",
+    "summariser": "You shorten a {thing} to the few words that decide which searches it answers. Use its own words.",
 }
 _INSTRUCT = "Instruct: Given a search, find the {thing}s that answer it.\nQuery: "
-_QUESTION = {"ranker": "\nIs it relevant?", "judge": "\nGrade?"}
+_QUESTION = {"ranker": "\nIs it relevant?", "judge": "\nGrade?", "summariser": "\nIn short?"}
 _THING = {"jobs": "job posting", "people": "member profile"}
 
 
@@ -141,7 +142,7 @@ class PromptConfig:
     """
 
     kind: str
-    """"judge", "ranker", "query" (tower) or "document" (tower)."""
+    """"judge", "ranker", "query" (tower), "document" (tower) or "summariser"."""
     style: str = "full"
     """"full" (instructions, field names) or "short" (for models trained from scratch, which learn what the places mean)."""
     chat: str = "chatml"
@@ -166,7 +167,7 @@ class PromptConfig:
     answer: str = "grade"
     """What a judge writes: "grade", "grade_rationale" (the grade first) or "rationale_grade"."""
     max_answer_tokens: int = 64
-    """Longest answer of a judge: what it may learn from, and where its generated text is cut."""
+    """Longest answer of a judge, or longest summary, the end token included: what may be learned from, and where generated text is cut."""
 
     def __post_init__(self) -> None:
         checked: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -210,7 +211,7 @@ class Longest(NamedTuple):
     """Most tokens that the parts of a prompt can have."""
 
     prefix: int
-    """For the document tower, which has none, of no meaning."""
+    """For the document tower, which has none, of no meaning; for a summariser what stands before the document."""
     document: int
     """Without pair and suffix; for the document tower with its tail."""
     item: int
@@ -305,6 +306,17 @@ class PromptRoom:
         encoded = self.tokenizer.encode([self.document_text(document) for document in documents])
         return [DocumentTokens(ids[:limit] + tail, max(len(ids) - limit, 0)) for ids in encoded]
 
+    def summary_prompts(self, documents: Sequence[Document]) -> list[list[int]]:
+        """Token ids of everything before a summary: instructions, the document cut to `max_document_tokens`, and the answer position."""
+        openings = {
+            vertical: self._opening(vertical) for vertical in {document.vertical for document in documents}
+        }
+        parts = self.documents(documents)
+        return [
+            openings[document.vertical] + part.ids + self.suffix
+            for document, part in zip(documents, parts, strict=True)
+        ]
+
     def answers(self, grades: Sequence[int], rationales: Sequence[str]) -> list[list[int]]:
         """Token ids of a judge's whole answers, their end token included.
 
@@ -356,12 +368,11 @@ class PromptRoom:
         """Most tokens that prefix, document and item can have, by the limits of the template."""
         verticals = () if self.config.kind == "document" else tuple(_THING)
         openings = [len(self._opening(vertical)) for vertical in verticals] or [0]
+        asked = 0 if self.config.kind == "summariser" else self.config.max_query_tokens + 1
         document = self.config.max_document_tokens + len(self.suffix) * (self.config.kind == "document")
         values = [f"\n{FEATURES[name].full.capitalize()}: {_LONGEST_VALUE}" for name in self.config.features]
         pair = sum(map(len, self.pairs(values)))
-        return Longest(
-            max(openings) + self.config.max_query_tokens + 1, document, document + pair + len(self.suffix)
-        )
+        return Longest(max(openings) + asked, document, document + pair + len(self.suffix))
 
     def pairs(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of pair parts. Few different texts occur, so that their ids are kept."""

@@ -5,6 +5,8 @@ is plain data; `validate()` raises `RecordError`, which names the field, the val
 """
 
 import dataclasses
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -241,6 +243,12 @@ def from_dict(kind: type[R], values: Mapping[str, Any]) -> R:
     record = kind(**values)
     record.validate()
     return record
+
+
+def content_hash(document: Document) -> bytes:
+    """16 bytes that change whenever the document's text does (its numbers and attributes are no part of an embedding or a summary)."""
+    text = json.dumps(list(document.fields.items()), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def unique_ids(records: Sequence[Query | Document]) -> None:

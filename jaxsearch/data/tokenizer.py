@@ -51,6 +51,25 @@ class Tokenizer:
         """The text of `ids`, control tokens left out."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
+    def cut(self, text: str, limit: int) -> str:
+        """The longest start of a text that ends with a whole token and has at most `limit` tokens, at least 1."""
+        encoded = self.inner.encode(text, add_special_tokens=False)
+        if len(encoded.ids) <= limit:
+            return text
+        for kept in range(
+            limit, 0, -1
+        ):  # the last word alone may be other tokens than it was within the text
+            start = text[: encoded.offsets[kept - 1][1]].rstrip()
+            if len(self.encode([start])[0]) <= limit:
+                return start
+        return ""
+
+    @property
+    def control_ids(self) -> tuple[int, ...]:
+        """Every id that no text can be encoded to."""
+        added = self.inner.get_added_tokens_decoder()
+        return tuple(sorted(index for index, token in added.items() if token.special))
+
     def control(self, token: str) -> int:
         """The id of a control token.
 
@@ -126,6 +145,11 @@ class CountingTokenizer(Tokenizer):
     def label(self, text: str) -> int:
         """Any id."""
         return 0
+
+    @property
+    def control_ids(self) -> tuple[int, ...]:
+        """None."""
+        return ()
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -32,7 +32,7 @@ from jaxsearch.models.mixlm import DocumentEncoder
 from jaxsearch.models.scorer import BiEncoder, Scorer
 
 FORMAT = 1
-KINDS = ("base", "judge", "ranker", "bi_encoder", "encoder")
+KINDS = ("base", "judge", "ranker", "bi_encoder", "encoder", "summariser")
 _ANSWERS = {"judge": LABELS[2:], "ranker": LABELS[:2]}
 """Labels in the order of the logits; a kind that is not here has none."""
 _PARTS = {
@@ -40,6 +40,7 @@ _PARTS = {
     "ranker": {"pair": "ranker"},
     "bi_encoder": {"query": "query", "document": "document"},
     "encoder": {"document": "document"},
+    "summariser": {"summary": "summariser"},
 }
 """Prompts that a kind needs, and their kinds."""
 CONTRACT_FILE, WEIGHTS_FILE = "contract.json", "model.safetensors"
@@ -78,7 +79,7 @@ class MixLMPart:
 @dataclass(frozen=True)
 class Golden:
     """One pair and its label logits (for a bi-encoder: its cosine; for an encoder: the first numbers of the document's last
-    embedding), as the exporting machine computed them."""
+    embedding; for a summariser: the log-probability of the first token that it writes), as the exporting machine computed them."""
 
     query: Query
     document: Document
@@ -90,10 +91,11 @@ class Contract:
     """What is needed, beside weights and tokenizer, to use a model right."""
 
     kind: str
-    """"base" (decoder alone), "judge", "ranker", "bi_encoder" or "encoder" (of MixLM)."""
+    """"base" (decoder alone), "judge", "ranker", "bi_encoder", "encoder" (of MixLM) or "summariser"."""
     architecture: DecoderConfig
     prompts: Mapping[str, PromptConfig]
-    """By part: "pair" for judge and ranker; "query" and "document" for a bi-encoder; "document" for an encoder."""
+    """By part: "pair" for judge and ranker; "query" and "document" for a bi-encoder; "document" for an encoder; "summary" for a
+    summariser."""
     labels: Mapping[str, int] = field(default_factory=dict)
     """Answer -> token id, in the order of the logits: Yes, No for a ranker, 0 to 4 for a judge."""
     actions: tuple[str, ...] = ()
@@ -105,6 +107,8 @@ class Contract:
     golden: tuple[Golden, ...] = ()
     mixlm: MixLMPart | None = None
     """Of an encoder, and of a ranker that reads embeddings; such a ranker reads text too, as any other."""
+    summariser: str = ""
+    """Hash of the summariser whose summaries the model was trained to read in the place of text; empty: full text."""
 
     @property
     def tolerance(self) -> float:
@@ -169,6 +173,8 @@ def save_model(
     }
     if contract.mixlm is not None:
         values["mixlm"] = dataclasses.asdict(contract.mixlm)
+    if contract.summariser:
+        values["summariser"] = contract.summariser
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = root / (CONTRACT_FILE + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -393,7 +399,9 @@ def _parse(values: Mapping[str, Any]) -> Contract:
     mixlm = _mixlm(values["mixlm"]) if "mixlm" in values else None
     if (kind == "encoder" and mixlm is None) or (mixlm is not None and kind not in ("encoder", "ranker")):
         raise ValueError(f"mixlm is {values.get('mixlm')!r}: an encoder has one, a ranker may")
-    width = 1 if kind == "bi_encoder" else len(labels) + len(actions)
+    if not isinstance(values.get("summariser", ""), str):
+        raise ValueError(f"summariser is {values['summariser']!r}, not a hash")
+    width = 1 if kind in ("bi_encoder", "summariser") else len(labels) + len(actions)
     if kind == "encoder" and mixlm is not None:
         width = min(GOLDEN_NUMBERS, mixlm.width)
     for item in golden:
@@ -409,6 +417,7 @@ def _parse(values: Mapping[str, Any]) -> Contract:
         training=values["training"],
         golden=golden,
         mixlm=mixlm,
+        summariser=values.get("summariser", ""),
     )
 
 

@@ -27,6 +27,7 @@ def generate(
     max_new_tokens: int,
     eos_id: int | Sequence[int] | None,
     first_ids: Sequence[int] | None = None,
+    avoid_ids: Sequence[int] = (),
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -44,6 +45,7 @@ def generate(
         max_new_tokens: M, at least 1.
         eos_id: the token (or tokens) that end a text; None: none does.
         first_ids: what a text may begin with, such as a judge's grades; None: anything.
+        avoid_ids: what stands nowhere in a text, such as control tokens that end none.
         temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
         top_k: sample among the k likeliest tokens only.
         top_p: sample among the likeliest tokens that together reach this probability (at least one).
@@ -71,47 +73,73 @@ def generate(
         raise InputError(f"top_k is {top_k}: give 1 to {decoder.config.vocab_size} (the vocabulary)")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}: give a probability above 0, at most 1")
-    if first_ids is not None and not (
-        len(first_ids) and all(0 <= i < decoder.config.vocab_size for i in first_ids)
-    ):
-        raise InputError(f"first_ids is {first_ids}: give ids from 0 to {decoder.config.vocab_size - 1}")
+    if first_ids is not None and not len(first_ids):
+        raise InputError(f"first_ids is {first_ids}: give at least one id, or None")
+    for name, ids in (("first_ids", first_ids or ()), ("avoid_ids", avoid_ids)):
+        if not all(0 <= i < decoder.config.vocab_size for i in ids):
+            raise InputError(f"{name} is {ids}: give ids from 0 to {decoder.config.vocab_size - 1}")
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
     graph, state = nnx.split(decoder)
     probability = None if top_p is None else jnp.float32(top_p)
-    return _generate(
+    may = allowed_tokens(decoder.config.vocab_size, avoid_ids)
+    return continue_texts(
         graph,
         state,
         tokens,
         lengths,
         jnp.asarray(ends, jnp.int32),
-        None if first_ids is None else jnp.asarray(first_ids, jnp.int32),
+        may if first_ids is None else may & jnp.zeros_like(may).at[jnp.asarray(first_ids)].set(True),
+        may,
         None if key is None or temperature == 0 else (key, jnp.float32(temperature), probability),
         max_new_tokens=max_new_tokens,
         top_k=top_k if temperature > 0 else None,
     )
 
 
-@partial(jax.jit, static_argnums=(0,), static_argnames=("max_new_tokens", "top_k"))
-def _generate(
+def allowed_tokens(vocabulary: int, avoid_ids: Sequence[int]) -> Array:
+    """bool [V], every token but these."""
+    ids = np.asarray(avoid_ids, np.int32)
+    return jnp.ones(vocabulary, bool).at[ids].set(False)
+
+
+@partial(jax.jit, static_argnums=(0,), static_argnames=("max_new_tokens", "top_k", "samples"))
+def continue_texts(
     graph: Any,
     state: Any,
     tokens: Array,
     lengths: Array,
     ends: Array,
-    firsts: Array | None,
+    first: Array,
+    may: Array,
     sampling: tuple[Array, Array, Array | None] | None,
     *,
     max_new_tokens: int,
-    top_k: int | None,
+    top_k: int | None = None,
+    samples: int = 1,
 ) -> tuple[Array, Array]:
-    decoder: Decoder = nnx.merge(graph, state)
-    rows, length = tokens.shape
+    """What `generate` computes, for callers that are traced themselves.
 
-    def choose(hidden: Array, step: Array | int, only: Array | None = None) -> Array:
-        logits = decoder.logits(hidden)
-        if only is not None:
-            may = jnp.zeros(logits.shape[-1], bool).at[only].set(True)
-            logits = jnp.where(may[None], logits, -jnp.inf)
+    Args:
+        graph: of `nnx.split(decoder)`.
+        state: likewise.
+        tokens: int [B, T].
+        lengths: int [B].
+        ends: int [E], tokens that end a text.
+        first: bool [V], what a text may begin with.
+        may: bool [V], what may stand anywhere else.
+        sampling: key, temperature and top_p (or None); None: greedy.
+        max_new_tokens: M.
+        top_k: as in `generate`.
+        samples: texts of each prompt, one after another; the prompt is read once for all of them.
+
+    Returns:
+        As `generate`, [B * samples, M] and [B * samples].
+    """
+    decoder: Decoder = nnx.merge(graph, state)
+    rows, length = tokens.shape[0] * samples, tokens.shape[1]
+
+    def choose(hidden: Array, step: Array | int, may: Array) -> Array:
+        logits = jnp.where(may[None], decoder.logits(hidden), -jnp.inf)
         if sampling is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         key, temperature, top_p = sampling
@@ -127,6 +155,9 @@ def _generate(
     # A slot per prompt token and new token, but for the last, which is never fed back.
     room = [(0, 0), (0, 0), (0, max_new_tokens - 1), (0, 0), (0, 0)]
     cache = jax.tree.map(lambda x: jnp.pad(x, room), prompt)
+    if samples > 1:
+        last, lengths = (jnp.repeat(x, samples, axis=0) for x in (last, lengths))
+        cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=1), cache)
 
     def record(
         step: Any, token: Array, done: Array, counts: Array, out: Array, cache: Any
@@ -145,12 +176,12 @@ def _generate(
         step, token, done, counts, out, cache = carry
         slots = (lengths + step - 1)[:, None]
         hidden, cache = decoder(decoder.embed(token[:, None]), slots, Cached(slots), cache)
-        return record(step, choose(hidden[:, 0], step), done, counts, out, cache)
+        return record(step, choose(hidden[:, 0], step, may), done, counts, out, cache)
 
     done, counts = jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
     out = jnp.zeros((rows, max_new_tokens), jnp.int32)
-    first = record(0, choose(last, 0, firsts), done, counts, out, cache)
-    *_, counts, out, _ = jax.lax.while_loop(going, advance, first)
+    begun = record(0, choose(last, 0, first), done, counts, out, cache)
+    *_, counts, out, _ = jax.lax.while_loop(going, advance, begun)
     return out, counts
 
 

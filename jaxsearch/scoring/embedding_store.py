@@ -27,7 +27,7 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from jaxsearch.data.records import Document, unique_ids
+from jaxsearch.data.records import Document, content_hash, unique_ids
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import ContractError, MixLMPart, Model
 from jaxsearch.scoring.mixed import Fetch, make_document_embedder
@@ -86,12 +86,6 @@ class EncodeReport:
     """Encoded by an earlier run that was interrupted."""
     dropped: int
     """Documents that were in the store and are no more."""
-
-
-def content_hash(document: Document) -> bytes:
-    """16 bytes that change whenever the document's text does (its numbers and attributes are no part of an embedding)."""
-    text = json.dumps(list(document.fields.items()), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).digest()[:16]
 
 
 class EmbeddingStore:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsearch.data.jsonl import read_records, write_lines
+from jaxsearch.data.jsonl import read_records, read_rows, write_lines
 from jaxsearch.data.records import Document, Query, to_dict, unique_ids
+from jaxsearch.data.summaries import FIELD, show_documents, with_summary
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import RELEVANCE, ContractError, Model, load_model, save_model
 from jaxsearch.models.mixlm import DocumentEncoder
@@ -26,12 +27,15 @@ from jaxsearch.retrieval.index import ScannIndex
 from jaxsearch.scoring.calibration import Calibrator, load_calibrators, objective_log_odds, probabilities
 from jaxsearch.scoring.mixed import golden_numbers, make_document_embedder
 from jaxsearch.scoring.records import Embedder, RecordScorer
+from jaxsearch.scoring.summaries import make_summary_writer
 from jaxsearch.scoring.utility import UtilityConfig, order, utility
 
-FORMAT = 2
-_READ = (1, 2)
-"""Format 1 knew no utility: it orders by relevance alone."""
+FORMAT = 3
+_READ = (1, 2, 3)
+"""Format 1 knew no utility: it orders by relevance alone. Format 2 knew no summaries."""
 BUNDLE_FILE = "bundle.json"
+SUMMARIES_FILE = "summaries.jsonl"
+"""What the ranker reads in the place of text, document by document in their order; not there where it reads the text."""
 
 
 class BundleError(InputError):
@@ -44,7 +48,8 @@ def build_bundle(
     retriever: Model,
     documents: Sequence[Document],
     config: UtilityConfig | None = None,
-) -> None:
+    summaries: str | os.PathLike[str] = "",
+) -> int:
     """Encode the documents, build the index, and write a bundle; one that is there stays as it is until the new one is whole.
 
     Args:
@@ -53,9 +58,14 @@ def build_bundle(
       retriever: a bi-encoder.
       documents: the corpus.
       config: what results are ordered by; left out: relevance alone.
+      summaries: store of summaries that the ranker reads in the place of text; the retriever reads the text.
+
+    Returns:
+      How many documents the ranker reads in full.
 
     Raises:
       InputError: the utility names an action that the ranker does not score.
+      SummaryStoreError: the store cannot be read, or the ranker was trained on the summaries of another summariser.
       BundleError: the folder is not empty and no bundle, there is no document, or the models are of the wrong kind.
       RecordError: a bad document, or two with one id.
     """
@@ -70,14 +80,21 @@ def build_bundle(
     for document in documents:
         document.validate()
     unique_ids(documents)
+    shown = show_documents(documents, summaries, ranker.contract.summariser)
     with new_folder(root.resolve()) as new:
         values: dict[str, object] = {"format": FORMAT, "documents": len(documents)}
         for name, model in (("ranker", ranker), ("retriever", retriever)):
             values[name] = save_model(new / name, model.module, model.contract, model.tokenizer)
         write_lines(new / "documents.jsonl", map(to_dict, documents))
+        if shown.summariser:
+            values["summariser"] = shown.summariser
+            pairs = zip(shown.documents, documents, strict=True)
+            rows = [{FIELD: "" if read is full else read.fields[FIELD]} for read, full in pairs]
+            write_lines(new / SUMMARIES_FILE, rows)
         ScannIndex.build(make_embedder(retriever).documents(documents)).save(new / "index")
         values |= {**_data_hashes(new), "utility": config.to_dict()}
         (new / BUNDLE_FILE).write_text(json.dumps(values, indent=1) + "\n")
+    return shown.full
 
 
 def make_embedder(retriever: Model) -> Embedder:
@@ -109,6 +126,8 @@ def golden_error(model: Model) -> float:
     if isinstance(model.module, BiEncoder):
         embedder = make_embedder(model)
         found = np.sum(embedder.queries(queries) * embedder.documents(documents), axis=1, keepdims=True)
+    elif model.contract.kind == "summariser":
+        found = make_summary_writer(model).first_log_probs(documents)
     elif isinstance(model.module, DocumentEncoder):
         found = np.array(golden_numbers(make_document_embedder(model)(documents)))
     else:
@@ -138,16 +157,30 @@ def _check_golden(root: Path, name: str, model: Model) -> None:
 
 
 def _data_hashes(root: Path) -> dict[str, str]:
-    """SHA-256 of the documents, and of the index with the names of its files."""
+    """SHA-256 of the documents, of the summaries where there are some, and of the index with the names of its files."""
     index = hashlib.sha256()
     for path in sorted((root / "index").iterdir()):
         index.update(f"{path.name} {_digest(path)}\n".encode())
-    return {"documents_sha256": _digest(root / "documents.jsonl"), "index_sha256": index.hexdigest()}
+    hashes = {"documents_sha256": _digest(root / "documents.jsonl"), "index_sha256": index.hexdigest()}
+    if (root / SUMMARIES_FILE).is_file():
+        hashes["summaries_sha256"] = _digest(root / SUMMARIES_FILE)
+    return hashes
 
 
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_shown(root: Path, documents: Sequence[Document]) -> list[Document]:
+    """The documents as the ranker reads them."""
+    try:
+        rows = [row[FIELD] for _, row in read_rows(root / SUMMARIES_FILE)]
+        return [with_summary(document, text) for document, text in zip(documents, rows, strict=True)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BundleError(
+            f"{root / SUMMARIES_FILE} cannot be used ({error}): build the bundle anew"
+        ) from error
 
 
 class Result(NamedTuple):
@@ -198,7 +231,9 @@ class Bundle:
             values = json.loads(text)
             if values["format"] not in _READ:
                 raise BundleError(f"{path}: format is {values['format']}, this version reads {FORMAT}")
-            names = ("ranker", "retriever", "documents_sha256", "index_sha256")
+            names = ["ranker", "retriever", "documents_sha256", "index_sha256"]
+            summariser = values.get("summariser", "")
+            names += ["summaries_sha256"] * bool(summariser)
             wanted = {name: values[name] for name in names}
             hashes = _data_hashes(root)
             config = UtilityConfig() if values["format"] == 1 else UtilityConfig.from_dict(values["utility"])
@@ -207,7 +242,7 @@ class Bundle:
         ranker, retriever = load_model(root / "ranker"), load_model(root / "retriever")
         _check_kinds(ranker, retriever)
         found = {"ranker": ranker.hash, "retriever": retriever.hash, **hashes}
-        if differing := [name for name in wanted if wanted[name] != found[name]]:
+        if differing := [name for name in wanted if wanted[name] != found.get(name)]:
             raise BundleError(
                 f"{root}: {', '.join(differing)} changed since the bundle was built; build it anew"
             )
@@ -232,7 +267,7 @@ class Bundle:
             documents,
             index,
             make_embedder(retriever),
-            make_scorer(ranker, documents),
+            make_scorer(ranker, _read_shown(root, documents) if summariser else documents),
             ranker.contract.actions,
             hashlib.sha256(text.encode()).hexdigest(),
             load_calibrators(ranker.contract),

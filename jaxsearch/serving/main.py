@@ -1,5 +1,5 @@
-"""Command line of serving: `label` training pairs, `calibrate` a ranker, `encode` documents for MixLM, `build` a bundle, rank a file of
-queries in `batch`."""
+"""Command line of serving: `label` training pairs, `calibrate` a ranker, `encode` documents for MixLM, `summarise` documents, `build` a
+bundle, rank a file of queries in `batch`."""
 
 import argparse
 import sys
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from jaxsearch.errors import InputError, exit_status
 
 if TYPE_CHECKING:
+    from jaxsearch.data.records import Document
+    from jaxsearch.data.summaries import Summariser
     from jaxsearch.scoring.utility import UtilityConfig
 
 
@@ -27,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir", default="", help="folder of prepared data (default: ~/tensorflow_datasets)"
     )
     build.add_argument("--output", required=True, help="folder of the new bundle")
+    _add_summaries(build)
     _add_utility(build, "relevance=1", "0")
     batch = commands.add_parser("batch", allow_abbrev=False, help="rank a file of queries")
     batch.add_argument("--bundle", required=True)
@@ -49,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--split", default="dev", help="what is fitted on; test splits are for measuring (default dev)"
     )
     calibrate.add_argument("--output", required=True, help="model folder of the calibrated ranker")
+    _add_summaries(calibrate)
     calibrate.add_argument("--report", default="", help="PNG file for reliability diagrams, before and after")
     encode = commands.add_parser(
         "encode", allow_abbrev=False, help="bring a store of document embeddings up to date (MixLM)"
@@ -65,6 +69,29 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of the store, or gs://bucket/path; an unfinished one is resumed",
     )
+    summarise = commands.add_parser(
+        "summarise", allow_abbrev=False, help="bring a store of short texts for documents up to date"
+    )
+    method = summarise.add_mutually_exclusive_group(required=True)
+    method.add_argument("--model", help="model folder of a summariser")
+    method.add_argument(
+        "--method", choices=("extractive", "truncate"), help="without a model: chosen sentences, or the start"
+    )
+    summarise.add_argument(
+        "--tokenizer", default="", help="for --method: a model folder, whose tokens are counted"
+    )
+    summarise.add_argument(
+        "--tokens", type=int, default=64, help="for --method: most tokens of a summary (default 64)"
+    )
+    source = summarise.add_mutually_exclusive_group(required=True)
+    source.add_argument("--documents", help="JSONL file with the whole corpus, one Document a line")
+    source.add_argument("--dataset", help="take the documents of a data set, such as job_market:tiny")
+    summarise.add_argument(
+        "--data-dir", default="", help="folder of prepared data (default: ~/tensorflow_datasets)"
+    )
+    summarise.add_argument(
+        "--output", required=True, help="folder of the store; an unfinished one is resumed"
+    )
     label = commands.add_parser(
         "label", allow_abbrev=False, help="score training pairs into a store for students"
     )
@@ -79,8 +106,17 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="kappa with the golden precedents below which a judge may not label (default: the judge's own; -1: no gate)",
     )
+    _add_summaries(label)
     label.add_argument("--per-query", type=int, default=0, help="pairs scored per query (default 0: all)")
     return parser
+
+
+def _add_summaries(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--summaries",
+        default="",
+        help="store of `summarise` that the model reads in the place of text (default: the text)",
+    )
 
 
 def _add_utility(parser: argparse.ArgumentParser, weights: str, floor: str) -> None:
@@ -106,11 +142,23 @@ def _utility(options: argparse.Namespace, default: "UtilityConfig") -> "UtilityC
     )
 
 
+def _documents(options: argparse.Namespace) -> "list[Document]":
+    """The corpus that --documents or --dataset names."""
+    from jaxsearch.data.datasets import load_dataset
+    from jaxsearch.data.jsonl import read_records
+    from jaxsearch.data.records import Document
+
+    if options.documents:
+        return read_records(options.documents, Document)
+    return list(load_dataset(options.dataset, options.data_dir or None).documents)
+
+
 def _calibrate(options: argparse.Namespace) -> None:
     from dataclasses import replace
     from pathlib import Path
 
     from jaxsearch.data.datasets import load_dataset
+    from jaxsearch.data.summaries import show_data
     from jaxsearch.models.contract import check_output, load_model, save_model
     from jaxsearch.retrieval.common import new_folder
     from jaxsearch.scoring.calibration import calibrate, compare, draw_reliability, observe
@@ -120,6 +168,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.report and not Path(options.report).resolve().parent.is_dir():
         raise InputError(f"--report is {options.report}: there is no such folder")
     data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
+    data = show_data(data, options.summaries, model.contract.summariser)
     if options.split in data.test_splits:
         raise InputError(
             f"--split is {options.split}, which calibration is measured on: give another, such as dev"
@@ -146,43 +195,67 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from jaxsearch.data.datasets import load_dataset
-    from jaxsearch.data.jsonl import read_records
-    from jaxsearch.data.records import Document
     from jaxsearch.models.contract import load_model
     from jaxsearch.scoring.utility import UtilityConfig
     from jaxsearch.serving.bundle import build_bundle
 
     config = _utility(options, UtilityConfig())
     ranker, retriever = load_model(options.ranker), load_model(options.retriever)
-    if options.documents:
-        documents = read_records(options.documents, Document)
-    else:
-        documents = list(load_dataset(options.dataset, options.data_dir or None).documents)
-    build_bundle(options.output, ranker, retriever, documents, config)
-    print(f"{options.output}: {len(documents)} documents")
+    documents = _documents(options)
+    full = build_bundle(options.output, ranker, retriever, documents, config, options.summaries)
+    read = f", {full} of them without a fresh summary" if options.summaries else ""
+    print(f"{options.output}: {len(documents)} documents{read}")
 
 
 def _encode(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from jaxsearch.data.datasets import load_dataset
-    from jaxsearch.data.jsonl import read_records
-    from jaxsearch.data.records import Document
     from jaxsearch.models.contract import load_model
     from jaxsearch.scoring.embedding_store import encode_documents
 
-    encoder = load_model(options.model)
-    if options.documents:
-        documents = read_records(options.documents, Document)
-    else:
-        documents = list(load_dataset(options.dataset, options.data_dir or None).documents)
+    encoder, documents = load_model(options.model), _documents(options)
     with tqdm(total=len(documents), desc="encoding", unit="document") as bar:
         report = encode_documents(encoder, documents, options.output, progress=bar.update)
     print(
         f"{options.output}: {report.documents} documents, {report.encoded} of them encoded now, "
         f"{report.resumed} by a run that was interrupted, {report.dropped} dropped"
     )
+
+
+def _summarise(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from jaxsearch.data.summaries import summarise_documents
+
+    documents = _documents(options)
+    summariser = _summariser(options, documents)
+    with tqdm(total=len(documents), desc="summarising", unit="document") as bar:
+        report = summarise_documents(summariser, documents, options.output, progress=bar.update)
+    print(
+        f"{options.output}: {report.documents} documents, {report.made} of them summarised now, {report.resumed} by a run that was "
+        f"interrupted, {report.dropped} dropped, {report.empty} without a summary"
+    )
+    if report.replaced:
+        print(f"the summaries of another summariser ({report.replaced[:12]}) were replaced")
+
+
+def _summariser(options: argparse.Namespace, documents: "Sequence[Document]") -> "Summariser":
+    """What the options ask for."""
+    from jaxsearch.compression.extractive import Extractive, Truncation
+    from jaxsearch.data.tokenizer import Tokenizer
+    from jaxsearch.models.contract import load_model
+    from jaxsearch.scoring.summaries import make_summary_writer
+
+    if options.model:
+        return make_summary_writer(load_model(options.model))
+    if not options.tokenizer:
+        raise InputError(
+            f"--method is {options.method}, --tokenizer is missing: give the model folder of the ranker that will read the summaries"
+        )
+    tokenizer = Tokenizer.load(options.tokenizer)
+    if options.method == "truncate":
+        return Truncation(tokenizer, options.tokens)
+    return Extractive(tokenizer, options.tokens, documents)
 
 
 def _batch(options: argparse.Namespace) -> None:
@@ -200,6 +273,7 @@ def _batch(options: argparse.Namespace) -> None:
 
 def _label(options: argparse.Namespace) -> None:
     from jaxsearch.data.datasets import load_dataset
+    from jaxsearch.data.summaries import show_data
     from jaxsearch.measurement.gate import gate_of, require_agreement
     from jaxsearch.models.contract import load_model
     from jaxsearch.scoring.label import label
@@ -207,6 +281,7 @@ def _label(options: argparse.Namespace) -> None:
 
     start(find_processes())
     data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
+    data = show_data(data, options.summaries, model.contract.summariser)
     require_agreement(options.model, model, data, gate_of(model, options.minimum_kappa))
     report = label(model, data, options.output, per_query=options.per_query)
     rate = report.pairs / max(report.seconds, 1e-9)
@@ -223,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "calibrate": _calibrate,
         "encode": _encode,
         "label": _label,
+        "summarise": _summarise,
     }
     return exit_status("serve.py", lambda: commands[options.command](options))
 

@@ -5,6 +5,7 @@ of its candidates in training too. Axes: B queries, L candidates, C labels and a
 """
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig, PromptRoom
 from jaxsearch.data.records import Query
 from jaxsearch.data.score_store import StoreMeta, read_scores
+from jaxsearch.data.summaries import show_documents
 from jaxsearch.models.contract import Contract, Golden, save_model
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.packing import pack_items, packed_shape
@@ -53,6 +55,8 @@ class CrossEncoderConfig(TaskConfig):
     """Prompt template."""
     candidates: int = 16
     """Candidates of one query in a batch (L)."""
+    summaries: str = ""
+    """Store of summaries (`serve.py summarise`) that the model reads in the place of documents' text; empty: the text."""
 
 
 class Example(NamedTuple):
@@ -138,7 +142,10 @@ class CrossEncoderTask(Task):
         self.examples = self.make_examples()
         if not self.examples:
             raise ConfigError(f"data {config.data.name} has no training examples for {type(self).__name__}")
-        self.pairs = PairTokens(self.room, data, self.examples)
+        self.shown = show_documents(data.documents, config.summaries)
+        self.pairs = PairTokens(
+            self.room, dataclasses.replace(data, documents=self.shown.documents), self.examples
+        )
         self._answer_length = max((len(a) for e in self.examples for a in e.answers or ()), default=0)
         self._prefix_length = self.pairs.prefix_length
         self._row_length = self.pairs.item_length + self._answer_length
@@ -261,7 +268,7 @@ class CrossEncoderTask(Task):
     def scorer(self, model: Scorer) -> RecordScorer:
         """The model as it will be served; made once, later ones take over its compiled shapes."""
         if self._scorer is None:
-            self._scorer = RecordScorer(model, self.start.tokenizer, self.config.prompt, self.data.documents)
+            self._scorer = RecordScorer(model, self.start.tokenizer, self.config.prompt, self.shown.documents)
         else:
             self._scorer.prefill.update(model)
         return self._scorer
@@ -298,7 +305,7 @@ class CrossEncoderTask(Task):
         """The contract, with golden scores that the scorer gives now."""
         queries, rows = self.golden_pairs()
         golden = tuple(
-            Golden(query, self.data.documents[row[0]], tuple(float(x) for x in found[0]))
+            Golden(query, self.shown.documents[row[0]], tuple(float(x) for x in found[0]))
             for query, row, found in zip(queries, rows, scorer(queries, rows), strict=True)
         )
         return Contract(
@@ -309,6 +316,7 @@ class CrossEncoderTask(Task):
             actions=self.actions,
             training=to_dict(config),
             golden=golden,
+            summariser=self.shown.summariser,
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxsearch.config import ConfigError, TrainConfig
 from jaxsearch.data.datasets import Dataset, Pairs
 from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.data.summaries import show_data
 from jaxsearch.losses import soft_label_kl, token_cross_entropy
 from jaxsearch.measurement.agreement import measure_judge, write_report
 from jaxsearch.metrics import kappa
@@ -161,11 +162,10 @@ class JudgeTask(CrossEncoderTask):
         """Write the model with its contract, and how far it agrees with the precedents it never saw."""
         super().export(model, folder, config)
         judge = load_model(folder)
+        data = show_data(self.data, self.config.summaries)
         for number, split in enumerate(self.config.golden):
-            if split in self.data.precedent_pairs:
-                write_report(
-                    measure_judge(judge, self.data, split), folder if number == 0 else folder / split
-                )
+            if split in data.precedent_pairs:
+                write_report(measure_judge(judge, data, split), folder if number == 0 else folder / split)
 
 
 def _answer_loss(model: Scorer, hidden: jax.Array, tokens: jax.Array, where: jax.Array) -> jax.Array:

@@ -107,6 +107,10 @@ class MixLMConfig(RankerConfig):
         super().__post_init__()
         if self.teachers != "stored":
             raise ConfigError(f"task.teachers is {self.teachers!r}: MixLM learns from stores, use 'stored'")
+        if self.summaries:
+            raise ConfigError(
+                f"task.summaries is {self.summaries!r}: the encoder reads the text itself, leave it empty"
+            )
         if self.tokens < 1:
             raise ConfigError(f"task.tokens is {self.tokens}: use at least 1 embedding per document")
         if not 0 <= self.curriculum < 1:
