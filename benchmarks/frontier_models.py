@@ -5,6 +5,8 @@ reads `warm` tokens of them, in which the structured fields of a generated posti
 then go on with whole documents, at `UNCUT` of the steps a batch of far fewer pairs. With warm = 0 they read whole ones from the start.
 """
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ WHOLE = 1400
 """Tokens of a whole document at most."""
 PER_QUERY = 16
 """Pairs of a training query that teachers score."""
+SUMMARY = 64
+"""Tokens of a summary at most."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
 """A third of a first training's rates, for what only has to get used to whole documents."""
@@ -115,14 +119,46 @@ class Chain:
         self.short_ranker()
         return self._whole_student("ranker")
 
-    def pruned(self) -> Model:
-        """Half of the MLP neurons and the last layer taken from the ranker, and its recovery."""
+    def short_pruned(self) -> Model:
+        """Half of the MLP neurons and the last layer taken from the ranker, and its recovery on first tokens."""
         short, start = self.short_ranker(), self.demo.workdir / "pruned_start"
         if not start.is_dir():
             with self.demo.stage("pruning"):
                 save_pruned(start, prune_model(short, self.data, PRUNED, queries=64, candidates=16), short)
-        self._student("pruned", str(start))
+        return self._student("pruned", str(start))
+
+    def pruned(self) -> Model:
+        """The same, used to whole documents."""
+        self.short_pruned()
         return self._whole_student("pruned")
+
+    @property
+    def can_summarise(self) -> bool:
+        """Whether this installation has summaries."""
+        return importlib.util.find_spec("jaxsearch.data.summaries") is not None
+
+    def summaries(self) -> str:
+        """A store of extractive summaries, brought up to date."""
+        summaries = importlib.import_module("jaxsearch.data.summaries")
+        extractive = importlib.import_module("jaxsearch.compression.extractive")
+        counting = self.short_ranker().tokenizer
+        summariser = extractive.Extractive(counting, SUMMARY, self.data.documents)
+        with self.demo.stage("summaries"):
+            summaries.summarise_documents(summariser, self.data.documents, self.demo.workdir / "summaries")
+        return str(self.demo.workdir / "summaries")
+
+    def summarised(self, name: str) -> Model:
+        """The ranker, or the pruned one, used to summaries."""
+        (self.short_ranker if name == "ranker" else self.short_pruned)()
+        start = [
+            "--task.model.init-from",
+            self.path(name),
+            *self.teachers(),
+            "--task.summaries",
+            self.summaries(),
+        ]
+        more = ["--task.prompt.max-document-tokens", str(2 * SUMMARY), "--steps", "150", *FINE]
+        return self.demo.train(f"{name}_summarised", "ranker.py:tiny", *start, *more)
 
     def short_mixlm(self, tokens: int) -> list[str]:
         """Trains ranker and encoder on the first tokens of documents; returns the overrides that say what they learn from."""

@@ -66,7 +66,7 @@ class LanguageModelTask(Task):
         self.start = load_start(config.model, data)
         self._room = check_prompt("prompt", config.prompt, "ranker", self.start.tokenizer)
         self._documents = [[*part.ids, self._room.end_id] for part in self._room.documents(data.documents)]
-        self._whole: dict[int, int] = {}
+        self._whole: dict[int, tuple[int, int]] = {}
         self._prefixes = self._room.prefixes(data.queries["train"])
         count = precedent_count(config.precedents, data)
         self.examples = [
@@ -118,19 +118,25 @@ class LanguageModelTask(Task):
     def _shuffled(self, row: int, rng: np.random.Generator) -> list[int]:
         """Token ids of a document with its fields in another order, no more of them than in its own order."""
         document, limit = self.data.documents[row], len(self._documents[row])
-        names, whole = list(document.fields), self._whole_fields(row)
-        order = [*rng.permutation(whole), *range(whole, len(names))]
-        fields = {names[i]: document.fields[names[i]] for i in order}
+        whole, length = self._whole_fields(row)
+        names = list(document.fields)
+        fields = {names[i]: document.fields[names[i]] for i in rng.permutation(whole)}
         (part,) = self._room.documents([dataclasses.replace(document, fields=fields)])
-        return [*part.ids[: limit - 1], self._room.end_id]
+        rest = self._documents[row][length:-1]
+        return [*[*part.ids, *rest][: limit - 1], self._room.end_id]
 
-    def _whole_fields(self, row: int) -> int:
-        """How many of a document's first fields are read whole."""
+    def _whole_fields(self, row: int) -> tuple[int, int]:
+        """How many of a document's first fields are read whole, and how many tokens these have."""
         if row not in self._whole:
-            document = self.data.documents[row]
-            items = list(document.fields.items())
-            starts = [dataclasses.replace(document, fields=dict(items[:n])) for n in range(1, len(items) + 1)]
-            self._whole[row] = sum(not part.truncated for part in self._room.documents(starts))
+            document, found = self.data.documents[row], (0, 0)
+            names = list(document.fields)
+            for count in range(1, len(names) + 1):
+                fields = {name: document.fields[name] for name in names[:count]}
+                (part,) = self._room.documents([dataclasses.replace(document, fields=fields)])
+                if part.truncated:
+                    break
+                found = count, len(part.ids)
+            self._whole[row] = found
         return self._whole[row]
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:

@@ -1,0 +1,83 @@
+"""The frontier's arithmetic: FLOPs of lists, requests of a size, ratios, the table."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxsearch.data.records import Query
+from jaxsearch.models.presets import preset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def frontier(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("frontier")
+
+
+def test_flops_of_lists_by_hand(frontier: Any) -> None:
+    config = preset("tiny_student", vocab_size=100)
+    linear = 3 * (4 * 64 * 8 * 16 + 6 * 64 * 192)
+    pair = 4 * 3 * 64
+
+    def head(p: int) -> float:
+        return p * linear + pair * p * (p + 1) / 2
+
+    def item(p: int, t: int) -> float:
+        return t * linear + pair * (t * p + t * (t + 1) / 2)
+
+    found = frontier.item_flops(config, [[1] * 5, [1] * 3], [[[1] * 2, [1] * 7], [[1] * 4]])
+    assert found == pytest.approx((head(5) + item(5, 2) + item(5, 7) + head(3) + item(3, 4)) / 3)
+
+
+def test_requests_hold_their_number_of_items(frontier: Any) -> None:
+    queries = [Query(f"q{i}", "nurse") for i in range(4)]
+    lists = [np.arange(n) for n in (5, 3, 4, 6)]
+    small = frontier.requests(queries, lists, 3)
+    assert [(q[0].id, c[0].tolist()) for q, c in small] == [(f"q{i}", [0, 1, 2]) for i in range(4)]
+    large = frontier.requests(queries, lists, 7)
+    assert [[q.id for q in some] for some, _ in large] == [["q0", "q1"], ["q2", "q3"]]
+    assert [[len(rows) for rows in c] for _, c in large] == [[5, 2], [4, 3]]
+    alone = frontier.alone(*large[0])
+    assert [q.id for q in alone[0]] == ["q0"] * 5 + ["q1"] * 2
+    assert np.concatenate(alone[1]).tolist() == [0, 1, 2, 3, 4, 0, 1]
+
+
+def test_rate_counts_items_and_takes_the_slowest(frontier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(frontier.time, "perf_counter", lambda: clock[0])
+
+    def call(seconds: float) -> Any:
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
+
+    found, p99, calls = frontier.rate([call(1.0), call(3.0)], [10, 20], 8.0)
+    assert (found, p99, calls) == (60 / 8, 3000.0, 4)
+
+
+def test_ratios_stand_over_the_fastest_full_text_path(frontier: Any) -> None:
+    def row(name: str, ndcg: list[float], clicks: float, speed: float, flops: float) -> dict[str, Any]:
+        return {
+            "model": name, "ndcg@10": float(np.mean(ndcg)), "ndcg_of_queries": ndcg, "click_auroc": clicks,
+            "items_per_s": speed, "flops_per_item": flops,
+        }  # fmt: skip
+
+    rows = {
+        "full_text": row("full_text", [0.8, 0.6], 0.7, 50.0, 900.0),
+        "shared_prefix": row("shared_prefix", [0.8, 0.6], 0.7, 60.0, 800.0),
+        "mixlm_1": row("mixlm_1", [0.7, 0.63], 0.69, 6000.0, 4.0),
+    }
+    found = frontier.compare(rows)["mixlm_1"]
+    assert found["over"] == "shared_prefix"
+    assert found["speed_ratio"] == pytest.approx(100)
+    assert found["flop_ratio"] == pytest.approx(200)
+    assert found["ndcg_kept"] == pytest.approx(0.665 / 0.7)
+    assert found["clicks_kept"] == pytest.approx(0.19 / 0.2)
+    text = frontier.table(rows)
+    assert "| mixlm_1 | 0.6650 |" in text
+    assert text.splitlines()[2].endswith("| 0.9432 | 270 |")
+    assert frontier.compare({"mixlm_1": rows["mixlm_1"]}) == {}
