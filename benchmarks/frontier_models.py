@@ -65,14 +65,14 @@ class Chain:
         order = () if self.data.actions else ("--task.shuffle-fields", "False")
         return self.demo.train(
             "base", "base.py:tiny_student", "--task.model.tokenizer", self.tokenizer(),
-            "--task.model.vocab-size", str(VOCABULARY), "--steps", "700", *order, *self._cut(),
+            "--task.model.vocab-size", str(VOCABULARY), "--steps", "450", *order, *self._cut(),
         )  # fmt: skip
 
     def retriever(self) -> Model:
         """A bi-encoder from the base model."""
         self.base()
         return self.demo.train(
-            "retriever", "retriever.py:tiny", "--task.model.init-from", self.path("base"), "--steps", "350",
+            "retriever", "retriever.py:tiny", "--task.model.init-from", self.path("base"), "--steps", "300",
             *self._cut("document-prompt"),
         )  # fmt: skip
 
@@ -81,13 +81,13 @@ class Chain:
         self.retriever()
         relevance = self.demo.train(
             "relevance_teacher", "relevance_teacher.py:tiny", "--task.model.init-from", self.path("retriever"),
-            "--steps", "600", *FULL_RATES, *self._cut(),
+            "--steps", "400", *FULL_RATES, *self._cut(),
         )  # fmt: skip
         stores = ["--task.relevance-teachers", self.score("relevance_scores", relevance)]
         if self.data.actions:
             engagement = self.demo.train(
                 "engagement_teacher", "engagement_teacher.py:tiny", "--task.model.init-from",
-                self.path("relevance_teacher"), "--steps", "200", *self._cut(),
+                self.path("relevance_teacher"), "--steps", "120", *self._cut(),
             )  # fmt: skip
             stores += ["--task.engagement-teachers", self.score("engagement_scores", engagement)]
         return stores
@@ -98,7 +98,7 @@ class Chain:
 
     def _student(self, name: str, init_from: str) -> Model:
         """A ranker distilled from both teachers."""
-        start = ["--task.model.init-from", init_from, *self.teachers(), "--steps", "300"]
+        start = ["--task.model.init-from", init_from, *self.teachers(), "--steps", "200"]
         return self.demo.train(name, "ranker.py:tiny", *start, *self._cut())
 
     def _whole_student(self, name: str) -> Model:
@@ -172,7 +172,14 @@ class Chain:
             self.path("retriever"),
         ]
         self.demo.train(
-            f"mixlm_{tokens}", "mixlm.py:tiny", *start, *stores, *self._cut(), *self._cut("encoder-prompt")
+            f"mixlm_{tokens}",
+            "mixlm.py:tiny",
+            *start,
+            *stores,
+            "--steps",
+            "300",
+            *self._cut(),
+            *self._cut("encoder-prompt"),
         )
         return stores
 
@@ -187,6 +194,7 @@ class Chain:
             start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder"), *stores]
             terms = ["--task.align-weight", "0", "--task.curriculum", "0", "--task.unique-documents", "1"]
             limits = [*self._cut(whole=True), *self._cut("encoder-prompt", whole=True)]
+            limits += ["--task.encoder-prompt.longest-first", "True"]
             name = f"{name}_whole"
             self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits, *self._whole(64, 16))
         return load_model(self.path(name)), load_model(Path(self.path(name)) / "encoder")

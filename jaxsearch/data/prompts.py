@@ -150,6 +150,9 @@ class PromptConfig:
     """Longer queries (with searcher) are refused: a prefix is never cut."""
     max_document_tokens: int = 1024
     """Longer documents lose their end, which is reported."""
+    longest_first: bool = False
+    """Put a document's longest field before the others. Titles, places and skills then stand next to where the document is summed up,
+    not a thousand tokens away from it; a cut would take them, so that documents should be read whole."""
     features: tuple[str, ...] = ()
     """Names from `FEATURES` for the pair part, in order."""
     feature_names: str = "style"
@@ -293,9 +296,12 @@ class PromptRoom:
 
     def document_text(self, document: Document) -> str:
         """What the document part says, before tokenising."""
+        fields = list(document.fields.items())
+        if self.config.longest_first:
+            fields.sort(key=lambda field: field[1] != max(document.fields.values(), key=len))
         if self.config.style == "short":
-            return "; ".join(document.fields.values())
-        lines = [f"{name.replace('_', ' ').capitalize()}: {text}" for name, text in document.fields.items()]
+            return "; ".join(text for _, text in fields)
+        lines = [f"{name.replace('_', ' ').capitalize()}: {text}" for name, text in fields]
         return "\n".join(lines)
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentTokens]:
