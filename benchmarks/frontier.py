@@ -85,6 +85,8 @@ class Contender:
     bytes_per_document: float
     """What is held of a document."""
     params: int | None = None
+    truncated: float = 0.0
+    """Share of documents that lose their end."""
     order: Callable[[np.ndarray], np.ndarray] = lambda x: x
     """Logits of a list -> what it is ordered by."""
     clicks: Callable[[np.ndarray], np.ndarray] | None = None
@@ -141,6 +143,7 @@ def language_model(
         lambda queries, lists: scorer(*split(queries, lists)),
         bytes_per_document,
         parameters(model),
+        float(np.mean(scorer.truncated > 0)),
         relevance_log_odds,
         None if place is None else lambda x: action_log_odds(x)[:, place],
         fit,
@@ -289,6 +292,7 @@ def about(bench: Bench, contender: Contender) -> dict[str, Any]:
     return {
         "flops_per_item": None if contender.flops is None else contender.flops(*lists),
         "params": contender.params,
+        "truncated": contender.truncated,
         "bytes_per_document": round(contender.bytes_per_document, 1),
     }
 

@@ -105,8 +105,8 @@ class Chain:
         """The same, used to whole documents."""
         if not self.warm:
             return load_model(self.path(name))
-        start = ["--task.model.init-from", self.path(name), *self.teachers(), "--steps", "100"]
-        more = [*self._cut(whole=True), *self._whole(8, 8)]
+        start = ["--task.model.init-from", self.path(name), *self.teachers(), "--steps", "80"]
+        more = [*self._cut(whole=True), *self._whole(4, 8)]
         return self.demo.train(f"{name}_whole", "ranker.py:tiny", *start, *more)
 
     def short_ranker(self) -> Model:
@@ -190,11 +190,11 @@ class Chain:
         """
         name, stores = f"mixlm_{tokens}", self.short_mixlm(tokens)
         if self.warm:
-            start = ["--task.model.init-from", self.path(name), "--steps", "100"]
+            start = ["--task.model.init-from", self.path(name), "--steps", "80"]
             start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder"), *stores]
             terms = ["--task.align-weight", "0", "--task.curriculum", "0", "--task.unique-documents", "1"]
             limits = [*self._cut(whole=True), *self._cut("encoder-prompt", whole=True)]
             limits += ["--task.encoder-prompt.longest-first", "True"]
             name = f"{name}_whole"
-            self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits, *self._whole(64, 16))
+            self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits, *self._whole(32, 16))
         return load_model(self.path(name)), load_model(Path(self.path(name)) / "encoder")

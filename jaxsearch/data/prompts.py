@@ -234,6 +234,10 @@ class PromptRoom:
         self.format = FORMATS[config.chat]
         self.end_id = tokenizer.control(self.format.end)
         self._pairs: dict[str, list[int]] = {"": []}
+        self._features = [
+            (self._feature_name(number), FEATURES[name].value)
+            for number, name in enumerate(config.features, start=1)
+        ]
         self.suffix: list[int] = self._suffix()
 
     def _ids(self, pieces: Sequence[str]) -> list[int]:
@@ -332,10 +336,7 @@ class PromptRoom:
     def pair_text(self, query: Query, document: Document, position: int | None = None) -> str:
         """The features of a pair as text ("" without features)."""
         place = self.config.serving_position if position is None else position
-        written = [
-            (self._feature_name(number), self._value(FEATURES[name].value(query, document, place)))
-            for number, name in enumerate(self.config.features, start=1)
-        ]
+        written = [(name, self._value(value(query, document, place))) for name, value in self._features]
         if self.config.style == "short":
             # A number stands right behind its name: a space before a digit would be a token of its own.
             return "".join(
