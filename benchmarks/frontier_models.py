@@ -2,7 +2,7 @@
 
 Nothing that a judge would have to read is needed: teachers learn the data set's own grades and impressions. What reads documents first
 reads `warm` tokens of them, in which the structured fields of a generated posting stand; the ranker, its pruned form and MixLM's encoder
-then go on with whole documents, at `UNCUT` of the steps a batch of far fewer pairs. With warm = 0 they read whole ones from the start.
+then go on with whole documents, a batch of far fewer pairs. With warm = 0 they read whole ones from the start.
 """
 
 import importlib
@@ -24,6 +24,11 @@ PER_QUERY = 16
 """Pairs of a training query that teachers score."""
 SUMMARY = 64
 """Tokens of a summary at most."""
+STEPS = {
+    "base": 450, "retriever": 300, "relevance_teacher": 300, "engagement_teacher": 90, "student": 120, "mixlm": 200,
+    "whole": 50, "summarised": 100,
+}  # fmt: skip
+"""Of each stage: as few as two busy cores have time for; with more of both, more is better."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
 """A third of a first training's rates, for what only has to get used to whole documents."""
@@ -42,6 +47,9 @@ class Chain:
     def path(self, name: str) -> str:
         """A stage's model folder."""
         return str(self.demo.workdir / name / "model")
+
+    def _steps(self, stage: str) -> list[str]:
+        return ["--steps", str(STEPS[stage])]
 
     def _cut(self, part: str = "prompt", *, whole: bool = False) -> list[str]:
         limit = WHOLE if whole or not self.warm else self.warm
@@ -65,14 +73,14 @@ class Chain:
         order = () if self.data.actions else ("--task.shuffle-fields", "False")
         return self.demo.train(
             "base", "base.py:tiny_student", "--task.model.tokenizer", self.tokenizer(),
-            "--task.model.vocab-size", str(VOCABULARY), "--steps", "450", *order, *self._cut(),
+            "--task.model.vocab-size", str(VOCABULARY), *self._steps("base"), *order, *self._cut(),
         )  # fmt: skip
 
     def retriever(self) -> Model:
         """A bi-encoder from the base model."""
         self.base()
         return self.demo.train(
-            "retriever", "retriever.py:tiny", "--task.model.init-from", self.path("base"), "--steps", "300",
+            "retriever", "retriever.py:tiny", "--task.model.init-from", self.path("base"), *self._steps("retriever"),
             *self._cut("document-prompt"),
         )  # fmt: skip
 
@@ -81,13 +89,13 @@ class Chain:
         self.retriever()
         relevance = self.demo.train(
             "relevance_teacher", "relevance_teacher.py:tiny", "--task.model.init-from", self.path("retriever"),
-            "--steps", "400", *FULL_RATES, *self._cut(),
+            *self._steps("relevance_teacher"), *FULL_RATES, *self._cut(),
         )  # fmt: skip
         stores = ["--task.relevance-teachers", self.score("relevance_scores", relevance)]
         if self.data.actions:
             engagement = self.demo.train(
                 "engagement_teacher", "engagement_teacher.py:tiny", "--task.model.init-from",
-                self.path("relevance_teacher"), "--steps", "120", *self._cut(),
+                self.path("relevance_teacher"), *self._steps("engagement_teacher"), *self._cut(),
             )  # fmt: skip
             stores += ["--task.engagement-teachers", self.score("engagement_scores", engagement)]
         return stores
@@ -98,14 +106,14 @@ class Chain:
 
     def _student(self, name: str, init_from: str) -> Model:
         """A ranker distilled from both teachers."""
-        start = ["--task.model.init-from", init_from, *self.teachers(), "--steps", "200"]
+        start = ["--task.model.init-from", init_from, *self.teachers(), *self._steps("student")]
         return self.demo.train(name, "ranker.py:tiny", *start, *self._cut())
 
     def _whole_student(self, name: str) -> Model:
         """The same, used to whole documents."""
         if not self.warm:
             return load_model(self.path(name))
-        start = ["--task.model.init-from", self.path(name), *self.teachers(), "--steps", "80"]
+        start = ["--task.model.init-from", self.path(name), *self.teachers(), *self._steps("whole")]
         more = [*self._cut(whole=True), *self._whole(4, 8)]
         return self.demo.train(f"{name}_whole", "ranker.py:tiny", *start, *more)
 
@@ -157,7 +165,90 @@ class Chain:
             "--task.summaries",
             self.summaries(),
         ]
-        more = ["--task.prompt.max-document-tokens", str(2 * SUMMARY), "--steps", "150", *FINE]
+        more = ["--task.prompt.max-document-tokens", str(2 * SUMMARY), *self._steps("summarised"), *FINE]
+        return self.demo.train(f"{name}_summarised", "ranker.py:tiny", *start, *more)
+
+    def short_mixlm(self, tokens: int) -> list[str]:
+        """Trains ranker and encoder on the first tokens of documents; returns the overrides that say what they learn from."""
+        scores = self.score("ranker_scores", self.short_ranker())
+        stores = ["--task.relevance-teachers", scores, "--task.tokens", str(tokens)]
+        stores += ["--task.engagement-teachers", scores] if self.data.actions else []
+        start = [
+            "--task.model.init-from",
+            self.path("ranker"),
+            "--task.encoder.init-from",
+            self.path("retriever"),
+        ]
+        more = [*self._steps("mixlm"), *self._cut(), *self._cut("encoder-prompt")]
+        self.demo.train(f"mixlm_{tokens}", "mixlm.py:tiny", *start, *stores, *more)
+        return stores
+
+    def score(self, name: str, model: Model) -> str:
+        """A store of scores of the training pairs."""
+        return self.demo.label(name, model, self.data, PER_QUERY)
+
+    def _student(self, name: str, init_from: str) -> Model:
+        """A ranker distilled from both teachers."""
+        start = ["--task.model.init-from", init_from, *self.teachers(), *self._steps("student")]
+        return self.demo.train(name, "ranker.py:tiny", *start, *self._cut())
+
+    def _whole_student(self, name: str) -> Model:
+        """The same, used to whole documents."""
+        if not self.warm:
+            return load_model(self.path(name))
+        start = ["--task.model.init-from", self.path(name), *self.teachers(), *self._steps("whole")]
+        more = [*self._cut(whole=True), *self._whole(4, 8)]
+        return self.demo.train(f"{name}_whole", "ranker.py:tiny", *start, *more)
+
+    def short_ranker(self) -> Model:
+        """The ranker before it has seen whole documents."""
+        self.teachers()
+        return self._student("ranker", self.path("relevance_teacher"))
+
+    def ranker(self) -> Model:
+        """The ranker that reads text."""
+        self.short_ranker()
+        return self._whole_student("ranker")
+
+    def short_pruned(self) -> Model:
+        """Half of the MLP neurons and the last layer taken from the ranker, and its recovery on first tokens."""
+        short, start = self.short_ranker(), self.demo.workdir / "pruned_start"
+        if not start.is_dir():
+            with self.demo.stage("pruning"):
+                save_pruned(start, prune_model(short, self.data, PRUNED, queries=64, candidates=16), short)
+        return self._student("pruned", str(start))
+
+    def pruned(self) -> Model:
+        """The same, used to whole documents."""
+        self.short_pruned()
+        return self._whole_student("pruned")
+
+    @property
+    def can_summarise(self) -> bool:
+        """Whether this installation has summaries."""
+        return importlib.util.find_spec("jaxsearch.data.summaries") is not None
+
+    def summaries(self) -> str:
+        """A store of extractive summaries, brought up to date."""
+        summaries = importlib.import_module("jaxsearch.data.summaries")
+        extractive = importlib.import_module("jaxsearch.compression.extractive")
+        counting = self.short_ranker().tokenizer
+        summariser = extractive.Extractive(counting, SUMMARY, self.data.documents)
+        with self.demo.stage("summaries"):
+            summaries.summarise_documents(summariser, self.data.documents, self.demo.workdir / "summaries")
+        return str(self.demo.workdir / "summaries")
+
+    def summarised(self, name: str) -> Model:
+        """The ranker, or the pruned one, used to summaries."""
+        (self.short_ranker if name == "ranker" else self.short_pruned)()
+        start = [
+            "--task.model.init-from",
+            self.path(name),
+            *self.teachers(),
+            "--task.summaries",
+            self.summaries(),
+        ]
+        more = ["--task.prompt.max-document-tokens", str(2 * SUMMARY), *self._steps("summarised"), *FINE]
         return self.demo.train(f"{name}_summarised", "ranker.py:tiny", *start, *more)
 
     def short_mixlm(self, tokens: int) -> list[str]:
@@ -190,7 +281,7 @@ class Chain:
         """
         name, stores = f"mixlm_{tokens}", self.short_mixlm(tokens)
         if self.warm:
-            start = ["--task.model.init-from", self.path(name), "--steps", "80"]
+            start = ["--task.model.init-from", self.path(name), *self._steps("whole")]
             start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder"), *stores]
             terms = ["--task.align-weight", "0", "--task.curriculum", "0", "--task.unique-documents", "1"]
             limits = [*self._cut(whole=True), *self._cut("encoder-prompt", whole=True)]
