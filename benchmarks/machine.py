@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,11 +36,22 @@ def best_matmul_gflops(shapes: Iterable[tuple[int, int, int]]) -> float:
     return max(matmul_gflops(rows, 4, inner=inner, columns=columns) for rows, inner, columns in shapes)
 
 
+def vector_units() -> list[str]:
+    """What decides how fast this CPU multiplies, of what Linux says: empty elsewhere."""
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [name for name in wanted if name in flags]
+
+
 def describe() -> dict[str, Any]:
     """The machine and its matmul limit, for a line of results."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "cpu": platform.machine(),
+        "vector_units": vector_units(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "matmul_gflops": round(matmul_gflops(), 1),

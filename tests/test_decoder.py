@@ -10,7 +10,15 @@ import pytest
 from flax import nnx
 
 from jaxsearch.models.attention import Causal
-from jaxsearch.models.decoder import Decoder, DecoderConfig, layer_table, outer_table, project, with_config
+from jaxsearch.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    layer_table,
+    outer_table,
+    project,
+    rotary_angles,
+    with_config,
+)
 from jaxsearch.models.presets import PRESETS, preset
 
 CONFIG = DecoderConfig(
@@ -261,3 +269,13 @@ def test_wrong_shapes_are_refused():
         decoder(jnp.zeros((2, 7, 15)), jnp.asarray(POSITIONS), Causal(jnp.ones((2, 7), bool)))
     with pytest.raises(ValueError, match=r"positions \(7,\)"):
         decoder(jnp.zeros((2, 7, 16)), jnp.arange(7), Causal(jnp.ones((2, 7), bool)))
+
+
+@pytest.mark.parametrize("theta", [500.0, 1e6])
+def test_a_table_of_rotary_angles_holds_the_angles(theta):
+    """To the last bits: 3,000 positions in, an angle that is off by a rounding of its frequency would be seen."""
+    positions = np.random.default_rng(0).integers(0, 3000, (2, 50))
+    computed = rotary_angles(jnp.asarray(positions), 64, theta)
+    tabled = jax.jit(lambda x: rotary_angles(x, 64, theta, below=3000))(positions)
+    for one, two in zip(computed, tabled, strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-6)

@@ -1,3 +1,4 @@
+import dataclasses
 import doctest
 import functools
 import itertools
@@ -13,12 +14,19 @@ from hypothesis import strategies as st
 
 from jaxsearch.config import MeshConfig
 from jaxsearch.errors import InputError
+from jaxsearch.models import attention as attention_module
 from jaxsearch.models.attention import Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.scoring import buckets as buckets_module
 from jaxsearch.scoring.buckets import Buckets, Shape, plan, steps
 from jaxsearch.scoring.packing import EmbeddedItem, PackedItems, pack_items
-from jaxsearch.scoring.prefill import PrefillScorer, answer_hidden, pad_prefixes, score
+from jaxsearch.scoring.prefill import (
+    PrefillScorer,
+    answer_hidden,
+    answer_hidden_at_once,
+    pad_prefixes,
+    score,
+)
 from jaxsearch.training.sharding import make_mesh
 
 VOCABULARY = 29
@@ -144,6 +152,55 @@ def test_packed_scores_equal_scores_alone(name, prefixes, items, one_per_row, ju
     for query, order in enumerate(orders):
         assert_same(found[query, : len(order)], expected[query][order])
     np.testing.assert_array_equal(found[~packed.where], 0)
+
+
+@functools.cache
+def at_once(name, alone, block):
+    """Scores of one decoder by a single pass over prefix and items, in blocks of so many queries."""
+    graphdef, state = nnx.split(scorer(name))
+
+    @jax.jit
+    def run(prefix, items):
+        made = nnx.merge(graphdef, state)
+        return answer_hidden_at_once(made.decoder, prefix, items, alone=alone) @ made.label_matrix().T
+
+    return run
+
+
+@pytest.mark.parametrize("block", [3, 256])
+@pytest.mark.parametrize("name", list(CONFIGS)[:3])
+@settings(max_examples=12, deadline=None)
+@given(prefixes=st.tuples(PREFIX, PREFIX), items=st.tuples(LISTS, LISTS), alone=st.booleans(), junk=TOKEN)
+def test_one_pass_over_prefix_and_items_equals_scores_alone(name, block, prefixes, items, alone, junk):
+    expected = expected_scores(name, prefixes, items)
+    packed = pack_items(items, row_length=T, rows=R, slots=L, one_per_row=alone)
+    packed = packed._replace(tokens=np.where(packed.segments > 0, packed.tokens, junk))
+    prefix = pad_prefixes(prefixes, length=P)
+    prefix = prefix._replace(tokens=np.where(prefix.where, prefix.tokens, junk))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module, "LARGEST_BLOCK", block)  # read while tracing, once per block
+        found = np.asarray(at_once(name, alone, block)(prefix, packed))
+    for query, wanted in enumerate(expected):
+        assert_same(found[query, : len(wanted)], wanted)
+    np.testing.assert_array_equal(found[~packed.where], 0)
+
+
+def test_the_last_layer_computes_the_answers_alone():
+    """30 items of 20 tokens in one layer: what is left of its queries, its output and its MLP is a twentieth."""
+    c = dataclasses.replace(scorer().decoder.config, layers=1, width=256)
+    decoder = nnx.eval_shape(lambda: Decoder(c, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(decoder)
+    items = pack_items([[[1] * 20] * 30], row_length=20, one_per_row=True)
+    prefix = pad_prefixes([[1] * 4])
+
+    def flops(alone):
+        def run(state, prefix, items):
+            return answer_hidden_at_once(nnx.merge(graphdef, state), prefix, items, alone=alone)
+
+        return jax.jit(run).lower(state, prefix, items).compile().cost_analysis()["flops"]
+
+    saved = 574 * 2 * c.width * (2 * c.heads * c.head_dim + 3 * c.mlp_width)  # 604 tokens, 30 of them answers
+    assert flops(False) - flops(True) > 0.95 * saved
 
 
 def test_scores_differ_between_items_and_prefixes():
@@ -329,7 +386,7 @@ def test_no_recompilation_within_the_closed_set():
     prefill = PrefillScorer(scorer(), buckets=closed)
     rng = np.random.default_rng(2)
     prefill.score_lists(*random_lists(rng, 2, 4))
-    assert prefill.compiled_shapes == (Shape(queries=1, prefix=P, rows=3, row_length=T),)
+    assert prefill.compiled_shapes == (Shape(queries=1, prefix=P, rows=3, row_length=T, shared=False),)
     assert compilations
     compilations.clear()
     for queries, most in ((1, 1), (7, 5), (3, 40)):
@@ -472,7 +529,9 @@ def test_a_plan_covers_every_item_once_and_fits(queries, compile_flops):
 def test_a_plan_weighs_padding_against_compilation():
     config = scorer().decoder.config
     alike = plan([10] * 8, [[16] * 4] * 8, buckets=Buckets(), config=config)
-    assert [call.shape for call in alike] == [Shape(queries=8, prefix=16, rows=4, row_length=16)]
+    assert [call.shape for call in alike] == [
+        Shape(queries=8, prefix=16, rows=4, row_length=16, shared=False)
+    ]
     lists = [[5] * 10, [60] * 3, [17, 30] * 9]
     few = plan([10, 50, 200], lists, buckets=Buckets(compile_flops=1e15), config=config)
     many = plan([10, 50, 200], lists, buckets=Buckets(compile_flops=0), config=config)

@@ -7,6 +7,7 @@ items, T tokens, P prefix tokens, C keys or cache slots, N query heads, K key/va
 size.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -235,3 +236,125 @@ class Cached:
         )
         mask = jnp.arange(cache_k.shape[1])[None, None, :] <= self.slots[..., None]
         return _attend(q, cache_k, cache_v, mask), (cache_k, cache_v)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["prefix_where", "segments"],
+    meta_fields=["rows", "backend"],
+)
+@dataclass(frozen=True)
+class OnePass:
+    """A query's prefix and its packed items side by side: each layer reads its matrices once for both. For inference.
+
+    Tokens are [B, P + R x T], the prefix first. Prefix tokens attend as in `Causal`, items as in `PrefixPacked`; there is no
+    state. `segments` is None where each row holds one item from its first column on: order alone then says who sees whom, no
+    mask is needed but for each block's own triangle, and padding behind an item mixes to anything finite.
+    """
+
+    prefix_where: Array
+    segments: Array | None
+    rows: int
+    backend: str = "xla"
+
+    def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        width = self.prefix_where.shape[1]
+        prefix = k[:, :width], v[:, :width]
+        first = _in_order(q[:, None, :width], prefix[0][:, None], prefix[1][:, None])
+        q, k, v = (_rows(x, width, self.rows) for x in (q, k, v))
+        if self.segments is None:
+            mixed = _in_order(q, k, v, prefix, self.prefix_where)
+        else:
+            mixed, _ = PrefixPacked(self.prefix_where, self.segments, self.backend)(q, k, v, prefix)
+        return jnp.concatenate([first[:, 0], mixed.reshape(q.shape[0], -1, *q.shape[3:])], axis=1), None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["prefix_where", "columns"], meta_fields=[])
+@dataclass(frozen=True)
+class LastOfRows:
+    """The last token of each row's one item, as in `OnePass`: q is [B, R, N, H], k and v are [B, P + R x T, K, H].
+
+    `columns` int [B, R] says where in its row each of these tokens stands.
+    """
+
+    prefix_where: Array
+    columns: Array
+
+    def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        width, rows = self.prefix_where.shape[1], q.shape[1]
+        prefix = k[:, :width], v[:, :width]
+        k, v = (_rows(x, width, rows) for x in (k, v))
+        seen = jnp.arange(k.shape[2])[None, None] <= self.columns[..., None]
+        mixed = _mix(q[:, :, None], [(k, v, seen[:, :, None])], prefix, self.prefix_where)
+        return mixed[:, :, 0], None
+
+
+def _rows(x: Array, width: int, rows: int) -> Array:
+    """What stands behind the prefix, by row: [B, P + R x T, ...] -> [B, R, T, ...]."""
+    return x[:, width:].reshape(x.shape[0], rows, -1, *x.shape[2:])
+
+
+Part = tuple[Array, Array, Array | None]
+"""Keys and values [B, R, C, K, H], and who sees them: a mask [B, R, T, C], broadcastable, or None for everyone."""
+
+
+def _in_order(
+    q: Array, k: Array, v: Array, prefix: tuple[Array, Array] | None = None, prefix_where: Array | None = None
+) -> Array:
+    """Rows of tokens [B, R, T, ...], each of which sees the prefix and what stands before it in its row. In blocks: every
+    key before a block is seen by all of it, so that only its own triangle needs a mask."""
+
+    def mixed(block: slice) -> Array:
+        before, order = slice(0, block.start), jnp.tri(block.stop - block.start, dtype=bool)[None, None]
+        parts: list[Part] = [(k[:, :, block], v[:, :, block], order)]
+        if block.start:
+            parts.append((k[:, :, before], v[:, :, before], None))
+        return _mix(q[:, :, block], parts, prefix, prefix_where)
+
+    return jnp.concatenate([mixed(block) for block in _blocks(q.shape[2])], axis=2)
+
+
+def _mix(
+    q: Array,
+    parts: list[Part],
+    prefix: tuple[Array, Array] | None = None,
+    prefix_where: Array | None = None,
+) -> Array:
+    """One softmax over some keys of each row and over those of a prefix; every token must see one of them at least.
+
+    The scale is applied inside the exponential, where it costs no pass over the scores of its own.
+
+    Args:
+        q: [B, R, T, N, H].
+        parts: keys of the rows.
+        prefix: keys and values [B, P, K, H], shared by the query's rows.
+        prefix_where: bool [B, P].
+    """
+    grouped, scale = _group(q, parts[0][0]), q.shape[-1] ** -0.5
+    # The prefix has R after its batch axes B and K, the rows' own keys before K: small sums alone are swapped.
+    own, shared = ("BRTKGH", "BRCKH", "BRKTGC"), ("BRTKGH", "BCKH", "BKRTGC")
+    seen: list[tuple[Array, Array, tuple[str, str, str]]] = []
+    for keys, values, mask in parts:
+        wide_mask = None if mask is None else mask[:, :, None, :, None]
+        seen.append((_raw_scores(grouped, keys, own, wide_mask), values, own))
+    if prefix is not None:
+        wide_mask = None if prefix_where is None else prefix_where[:, None, None, None, None]
+        seen.append((_raw_scores(grouped, prefix[0], shared, wide_mask), prefix[1], shared))
+
+    def turn(x: Array, terms: tuple[str, str, str]) -> Array:
+        return _swap(x) if terms is shared else x
+
+    top = functools.reduce(jnp.maximum, (turn(_top(scores), terms) for scores, _, terms in seen))
+    total: Any = 0.0
+    mixed: Any = 0.0
+    for scores, values, terms in seen:
+        weights = jnp.exp((scores - turn(top, terms)[..., None]) * scale)
+        summed = _sum_values(f"{terms[2]},{terms[1]}->{terms[2][:-1]}H", weights, values)
+        total, mixed = total + turn(weights.sum(axis=-1), terms), mixed + turn(summed, terms)
+    return jnp.moveaxis(mixed / total[..., None], 2, 3).reshape(q.shape).astype(q.dtype)
+
+
+def _raw_scores(grouped: Array, keys: Array, terms: tuple[str, str, str], mask: Array | None) -> Array:
+    """fp32 scores, not scaled, `MASKED` where a mask is False."""
+    scores = jnp.einsum(f"{terms[0]},{terms[1]}->{terms[2]}", grouped, keys, preferred_element_type=wide())
+    return scores if mask is None else jnp.where(mask, scores, MASKED)

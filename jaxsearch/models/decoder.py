@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec
@@ -221,10 +222,25 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return normed * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
 
 
-def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles (positions int [..., T]; both fp32 [..., T, 1, H/2])."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide()) / head_dim)
-    angles = positions.astype(wide())[..., None] * frequencies[(None,) * positions.ndim]
+def rotary_angles(
+    positions: Array, head_dim: int, theta: float, *, below: int | None = None
+) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles (positions int [..., T]; both fp32 [..., T, 1, H/2]).
+
+    With `below`, which every position must be, they are read from a table that is made while tracing: where layers are not
+    scanned, XLA computes cosines anew for every head of every layer, which takes ten times as long as the rotation.
+    """
+
+    def frequencies() -> Array:
+        return theta ** (-jnp.arange(0, head_dim, 2, dtype=wide()) / head_dim)
+
+    if below is not None:
+        with jax.ensure_compile_time_eval():
+            angles = jnp.arange(below, dtype=wide())[:, None] * frequencies()[None]
+            table = [np.asarray(f(angles)) for f in (jnp.cos, jnp.sin)]
+        cos, sin = (jnp.take(jnp.asarray(x), positions, axis=0, mode="clip") for x in table)
+        return cos[..., None, :], sin[..., None, :]
+    angles = positions.astype(wide())[..., None] * frequencies()[(None,) * positions.ndim]
     return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
 
 
@@ -258,11 +274,17 @@ def head_outputs(
 ) -> tuple[Array, Any]:
     """What each head mixed [..., T, N, H], the input of the projection `o`, and the attention's new state (arguments as `block`)."""
     y = rms_norm(x, w["attention_norm"], c.rms_eps).astype(c.dtype)
-    q, k, v = (project("TD,DNH->TNH", y, w[name]) for name in "qkv")
-    if c.qk_norm:
-        q, k = rms_norm(q, w["q_norm"], c.rms_eps), rms_norm(k, w["k_norm"], c.rms_eps)
-    q, k = rotate(q, angles).astype(c.dtype), rotate(k, angles).astype(c.dtype)
-    return attention(q, k, v, state)
+    q, k = (_rotated(y, w, name, angles, c) for name in "qk")
+    return attention(q, k, project("TD,DNH->TNH", y, w["v"]), state)
+
+
+def _rotated(
+    y: Array, w: dict[str, Array], name: str, angles: tuple[Array, Array], c: DecoderConfig
+) -> Array:
+    """Queries ("q") or keys ("k") of normed activations y [..., T, D], ready for the attention."""
+    x = project("TD,DNH->TNH", y, w[name])
+    x = rms_norm(x, w[f"{name}_norm"], c.rms_eps) if c.qk_norm else x
+    return rotate(x, angles).astype(c.dtype)
 
 
 def neurons(x: Array, w: dict[str, Array], c: DecoderConfig) -> Array:
@@ -290,8 +312,30 @@ def block(
         c: the decoder's config.
     """
     mixed, state = head_outputs(x, w, angles, attention, state, c)
+    return _finish(x, mixed, w, c), state
+
+
+def _finish(x: Array, mixed: Array, w: dict[str, Array], c: DecoderConfig) -> Array:
+    """The residual stream [..., T, D] behind a layer whose heads have mixed [..., T, N, H]."""
     x = x + project("TNH,NHD->TD", mixed, w["o"])
-    return x + project("TF,FD->TD", neurons(x, w, c), w["down"]), state
+    return x + project("TF,FD->TD", neurons(x, w, c), w["down"])
+
+
+def block_at(
+    x: Array,
+    w: dict[str, Array],
+    angles: tuple[Array, Array],
+    attention: Attention,
+    tokens: Array,
+    c: DecoderConfig,
+) -> Array:
+    """As `block`, for a few tokens alone: all tell their keys and values, these are asked (x [B, T, D], tokens int [B, J])."""
+    y = rms_norm(x, w["attention_norm"], c.rms_eps).astype(c.dtype)
+    k, v = _rotated(y, w, "k", angles, c), project("TD,DNH->TNH", y, w["v"])
+    rows = jnp.arange(x.shape[0])[:, None]
+    q = _rotated(y[rows, tokens], w, "q", (angles[0][rows, tokens], angles[1][rows, tokens]), c)
+    mixed, _ = attention(q, k, v, None)
+    return _finish(x[rows, tokens], mixed, w, c)
 
 
 def _unrolled(step: Callable, x: Array, layers: tuple[dict[str, tuple], Any]) -> tuple[Array, Any]:
@@ -367,6 +411,7 @@ class Decoder(nnx.Module):
         state: Any = None,
         *,
         return_layers: Literal[False] = False,
+        below: int | None = None,
     ) -> tuple[Array, Any]: ...
 
     @overload
@@ -378,6 +423,7 @@ class Decoder(nnx.Module):
         state: Any = None,
         *,
         return_layers: Literal[True],
+        below: int | None = None,
     ) -> tuple[Array, Any, Array]: ...
 
     def __call__(
@@ -388,6 +434,7 @@ class Decoder(nnx.Module):
         state: Any = None,
         *,
         return_layers: bool = False,
+        below: int | None = None,
     ) -> tuple[Array, Any] | tuple[Array, Any, Array]:
         """Run all layers and the final norm.
 
@@ -400,6 +447,7 @@ class Decoder(nnx.Module):
             return_layers: also return the residual stream [layers + 1, ..., T, D]: the input of every
                 layer, then the last layer's output *before* the final norm (the last of Hugging Face's
                 `hidden_states` is after it).
+            below: larger than every position, for a table of rotary angles (see `rotary_angles`).
 
         Returns:
             The hidden states [..., T, D] after the final norm in the compute dtype, the new state stacked
@@ -414,7 +462,7 @@ class Decoder(nnx.Module):
                 f"x has shape {x.shape}, positions {positions.shape}: "
                 f"give x [..., T, {c.width}] and positions [..., T]"
             )
-        angles = rotary_angles(positions, c.head_dim, c.rope_theta)
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta, below=below)
 
         def step(x: Array, layer: tuple[dict[str, Array], Any]) -> tuple[Array, tuple[Any, Array | None]]:
             y, new_state = block(split_batch(x), layer[0], angles, attention, layer[1], c)
@@ -425,6 +473,41 @@ class Decoder(nnx.Module):
         x, (state, inputs) = loop(REMAT[c.remat](step), x.astype(c.dtype), (weights, state))
         hidden = rms_norm(x, self.final_norm[...], c.rms_eps).astype(c.dtype)
         return (hidden, state, jnp.concatenate([inputs, x[None]])) if return_layers else (hidden, state)
+
+    def hidden_at(
+        self, x: Array, positions: Array, attention: Attention, tokens: Array, last: Attention, *, below: int
+    ) -> Array:
+        """Hidden states of a few tokens alone [B, J, D], after the final norm in the compute dtype; for inference.
+
+        In the last layer all tokens give keys and values, and only these are asked: a scored item is read at one token.
+
+        Args:
+            x: embeddings [B, T, D].
+            positions: int [B, T].
+            attention: of all layers but the last; it must not need a state.
+            tokens: int [B, J], which tokens.
+            last: the attention of the last layer, called with q [B, J, N, H] and the k and v of all tokens.
+            below: larger than every position.
+        """
+        c, weights = self.config, self.layers.arrays()
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta, below=below)
+
+        def layer(x: Array, w: dict[str, Array]) -> Array:
+            return block(x, w, angles, attention, None, c)[0]
+
+        def slice_of(i: Any) -> dict[str, Any]:
+            return {name: jax.tree.map(lambda x: x[i], value) for name, value in weights.items()}
+
+        x = x.astype(c.dtype)
+        if isinstance(weights["q"], tuple):  # see `unstack`
+            ws = [{name: value[i] for name, value in weights.items()} for i in range(c.layers)]
+            x, w = functools.reduce(layer, ws[:-1], x), ws[-1]
+        else:
+            # By number: a slice of all layers but one would copy them.
+            x, _ = jax.lax.scan(lambda x, i: (layer(x, slice_of(i)), None), x, jnp.arange(c.layers - 1))
+            w = slice_of(-1)
+        x = block_at(x, w, angles, last, tokens, c)
+        return rms_norm(x, self.final_norm[...], c.rms_eps).astype(c.dtype)
 
     def _output(self) -> Array:
         """The output matrix [V, D]: the embedding where the output is tied."""

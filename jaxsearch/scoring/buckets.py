@@ -34,6 +34,8 @@ class Shape(NamedTuple):
     row_length: int
     embeddings: int = 0
     """Per query; 0: token items only."""
+    shared: bool = True
+    """Whether several items may share a row."""
 
 
 def steps(low: int, high: int) -> tuple[int, ...]:
@@ -166,6 +168,10 @@ class Buckets:
         """How many items a row may hold."""
         return max(1, row_length // self.item_length)
 
+    def slots(self, shape: Shape) -> int:
+        """Room for so many items per query."""
+        return shape.rows * (self.per_row(shape.row_length) if shape.shared else 1)
+
     def queries(self, shape: Shape) -> tuple[int, ...]:
         """How many queries a call may hold whose other sizes are those of this shape."""
         return steps(1, max(1, self.tokens // (shape.prefix + shape.rows * shape.row_length)))
@@ -292,7 +298,7 @@ def _choose(
             for prefix, placement in zip(prefixes, placed, strict=True):
                 for shape in placement.shapes(_round_up(prefix, buckets.prefix), most, buckets):
                     counts[shape] += 1
-            one = functools.reduce(_join, counts)
+            one = functools.reduce(join, counts)
             for shapes in (counts, {one: sum(counts.values())}):
                 total = sum(
                     factor * count * cost.query(shape) + buckets.compile_flops * (shape not in known)
@@ -315,6 +321,8 @@ class _Placement(NamedTuple):
     """int [rows], the length that each row needs, ascending."""
     embeddings: NDArray
     """int [rows], how many stand in each row."""
+    shared: bool
+    """Whether items may share a row."""
 
     def shapes(self, prefix: int, most: int, buckets: Buckets) -> list[Shape]:
         """What calls of at most `most` rows need, one shape per call."""
@@ -326,6 +334,7 @@ class _Placement(NamedTuple):
                 _round_up(end - start, buckets.rows),
                 _round_up(int(self.longest[end - 1]), buckets.row_length),
                 buckets.table(int(self.embeddings[start:end].sum())),
+                self.shared,
             )
             for start, end in zip([0, *ends], ends, strict=False)
         ]
@@ -348,7 +357,7 @@ def _place(
     held = np.zeros(len(longest), np.int64)
     if embeddings is not None:
         np.add.at(held, rows, np.asarray(embeddings)[order])
-    return _Placement(order, rows, columns, longest, held)
+    return _Placement(order, rows, columns, longest, held, row_length is not None)
 
 
 def _units(query: int, prefix: int, placement: _Placement, most: int, buckets: Buckets) -> list[Unit]:
@@ -375,12 +384,12 @@ def _calls(units: list[Unit], buckets: Buckets, cost: Cost, compiled: Collection
 
     def gain(one: Shape, two: Shape) -> float:
         n, m = len(groups[one]), len(groups[two])
-        return total(one, n) + total(two, m) - total(_join(one, two), n + m)
+        return total(one, n) + total(two, m) - total(join(one, two), n + m)
 
     # As long as it pays, the two groups that gain most share the smallest shape that holds both.
     gains = {(a, b): gain(a, b) for a, b in itertools.combinations(groups, 2) if groups[a] or groups[b]}
     while gains and gains[pair := max(gains, key=lambda p: gains[p])] > 0:
-        shape = _join(*pair)
+        shape = join(*pair)
         changed = {*pair, shape}
         members = [unit for one in changed for unit in groups.pop(one, [])]
         gains = {p: g for p, g in gains.items() if changed.isdisjoint(p)}
@@ -407,9 +416,10 @@ def _queries(shape: Shape, count: int, buckets: Buckets, cost: Cost, compiled: C
     return min(reversed(buckets.queries(shape)), key=total)
 
 
-def _join(one: Shape, two: Shape) -> Shape:
+def join(one: Shape, two: Shape) -> Shape:
     """The smallest shape that holds what either holds."""
-    return Shape(*map(max, one, two))
+    queries, prefix, rows, row_length, embeddings = map(max, one[:-1], two[:-1])
+    return Shape(queries, prefix, rows, row_length, embeddings, one.shared or two.shared)
 
 
 def _round_up(size: int, sizes: tuple[int, ...]) -> int:

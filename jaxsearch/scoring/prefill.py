@@ -6,6 +6,7 @@ An item's score is the same alone, batched, packed in any order and with any pad
 Axes: B queries, P prefix tokens, R rows per query, T tokens per row, L items per query, D width, C labels.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -22,11 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import DTypeLike, NDArray
 
 from jaxsearch.errors import InputError
-from jaxsearch.models.attention import Causal, PrefixPacked, check_backend
+from jaxsearch.models.attention import Causal, LastOfRows, OnePass, PrefixPacked, check_backend
 from jaxsearch.models.decoder import Decoder, DecoderConfig, unstack
 from jaxsearch.models.int8 import int8_weights
 from jaxsearch.numerics import wide
-from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, plan, steps
+from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, join, plan, steps
 from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
 from jaxsearch.training.sharding import parameter_shardings, replicated
 
@@ -127,6 +128,41 @@ def answer_hidden(
     return jnp.where(exists[..., None, None], answers, 0)
 
 
+def answer_hidden_at_once(
+    decoder: Decoder, prefix: Prefix, items: PackedItems, *, alone: bool, backend: str = "xla"
+) -> jax.Array:
+    """As `answer_hidden`, prefix and items in one pass over the layers: for inference on one device.
+
+    Args:
+        decoder: the decoder.
+        prefix: of B queries.
+        items: of B queries.
+        alone: item l has row l to itself, from its first column on (L is R). The last layer is then computed for the answers
+            alone, and no segment is compared with another.
+        backend: of the items' attention.
+    """
+    where, last = jnp.asarray(prefix.where), jnp.asarray(items.last)
+    queries, width = where.shape
+    rows, length = items.tokens.shape[1:]
+    own = embed_items(decoder, items)
+    x = jnp.concatenate(
+        [decoder.embed(jnp.asarray(prefix.tokens)), own.reshape(queries, rows * length, -1)], axis=1
+    )
+    places = (jnp.sum(where, axis=1)[:, None, None] + items.offsets).reshape(queries, -1)
+    positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(width)[None], where.shape), places], axis=1)
+    tokens, below = width + last[..., 0] * length + last[..., 1], width + length
+    if alone and backend == "xla":
+        together = OnePass(where, None, rows)
+        hidden = decoder.hidden_at(
+            x, positions, together, tokens, LastOfRows(where, last[..., 1]), below=below
+        )
+    else:
+        together = OnePass(where, jnp.asarray(items.segments), rows, backend)
+        hidden, _ = decoder(x, positions, together, below=below)
+        hidden = hidden[jnp.arange(queries)[:, None], tokens]
+    return jnp.where(jnp.asarray(items.where)[..., None], hidden, 0)
+
+
 def embed_items(decoder: Decoder, items: PackedItems) -> jax.Array:
     """Token embeddings [B, R, T, D], and in place of some of them the items' own."""
     x = decoder.embed(jnp.asarray(items.tokens))
@@ -223,7 +259,7 @@ class PrefillScorer:
 
     def compile(self, shape: Shape) -> jax.stages.Compiled:
         """As `program`, but neither kept nor counted."""
-        layout = _layout(shape, self._slots(shape))
+        layout = _layout(shape, self.buckets.slots(shape))
 
         def run(state: nnx.State, buffer: jax.Array, table: jax.Array | None) -> jax.Array:
             prefix, items = _unflatten(buffer, layout)
@@ -231,7 +267,12 @@ class PrefillScorer:
                 items = items._replace(embeddings=table)
             prefix, items = self._split(prefix), self._split(items)
             scorer = nnx.merge(self._graphdef, state)
-            return score(scorer, prefix.tokens, prefix.where, items, backend=self.backend)
+            if self._mesh is not None:
+                return score(scorer, prefix.tokens, prefix.where, items, backend=self.backend)
+            hidden = answer_hidden_at_once(
+                scorer.decoder, prefix, items, alone=not shape.shared, backend=self.backend
+            )
+            return read_labels(scorer, hidden)
 
         def spec(size: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(size, dtype, sharding=self._everywhere())
@@ -263,9 +304,6 @@ class PrefillScorer:
         named = {name: x for name, x in arrays._asdict().items() if x is not None}
         return arrays._replace(**{name: split(jnp.asarray(x), name) for name, x in named.items()})
 
-    def _slots(self, shape: Shape) -> int:
-        return shape.rows * self.buckets.per_row(shape.row_length)
-
     def warm_up(
         self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
     ) -> tuple[Shape, ...]:
@@ -288,7 +326,7 @@ class PrefillScorer:
         if not calls:
             raise InputError("there is nothing to warm up with: give at least one list with an item")
         shapes = list(dict.fromkeys(call.shape for call in calls))
-        largest = Shape(1, *(max(sizes) for sizes in list(zip(*shapes, strict=True))[1:4]))
+        largest = functools.reduce(join, shapes)._replace(queries=1, embeddings=0)
         wanted = [largest] if not all(shape.embeddings for shape in shapes) else []
         if any(shape.embeddings for shape in shapes):
             room = self.buckets.table(largest.rows * largest.row_length)
@@ -406,7 +444,7 @@ class PrefillScorer:
             [(unit.rows, unit.columns) for unit in units] + [(nowhere, nowhere)] * empty,
             row_length=shape.row_length,
             rows=shape.rows,
-            slots=self._slots(shape),
+            slots=self.buckets.slots(shape),
             embeddings=shape.embeddings,
             width=self.config.width,
             dtype=self.config.dtype,
@@ -422,7 +460,7 @@ class PrefillScorer:
                     f"the vocabulary ends at {self.config.vocab_size - 1}"
                 )
         named = prefix._asdict() | {f"items.{name}": x for name, x in packed._asdict().items()}
-        parts = [named[name].reshape(-1) for name, _ in _layout(shape, self._slots(shape))]
+        parts = [named[name].reshape(-1) for name, _ in _layout(shape, self.buckets.slots(shape))]
         table = None if packed.embeddings is None else np.asarray(packed.embeddings)
         return np.concatenate(parts, dtype=np.int32), table
 
