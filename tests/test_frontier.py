@@ -1,13 +1,19 @@
-"""The frontier's arithmetic: FLOPs of lists, requests of a size, ratios, the table."""
+"""The frontier: FLOPs of lists, requests of a size, ratios, and rows measured with small models."""
 
+import argparse
 import importlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from small_market import Funnel, filled
+from test_tasks import build, configured
 
+from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.records import Query
+from jaxsearch.errors import InputError
+from jaxsearch.models.contract import Model, load_model
 from jaxsearch.models.presets import preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,3 +87,72 @@ def test_ratios_stand_over_the_fastest_full_text_path(frontier: Any) -> None:
     assert "| mixlm_1 | 0.6650 |" in text
     assert text.splitlines()[2].endswith("| 0.9432 | 270 |")
     assert frontier.compare({"mixlm_1": rows["mixlm_1"]}) == {}
+
+
+class SmallChain:
+    """The models of the small funnel, and a MixLM that nobody trained."""
+
+    warm = 0
+    can_summarise = False
+
+    def __init__(self, funnel: Funnel, folder: Path, demo: Any):
+        self.demo, self._funnel = demo, funnel
+        store = str(funnel.store("relevance_teacher"))
+        options = ["--task.relevance-teachers", store, "--task.model.init-from", str(funnel.model("ranker"))]
+        task = build("mixlm", *options, "--task.encoder.init-from", str(funnel.model("retriever")))
+        self._mixlm = folder / "mixlm"
+        task.export(filled(task.init, 3), self._mixlm, configured("mixlm", *options))
+
+    def ranker(self) -> Model:
+        return load_model(self._funnel.model("ranker"))
+
+    def retriever(self) -> Model:
+        return load_model(self._funnel.model("retriever"))
+
+    def mixlm(self, tokens: int) -> tuple[Model, Model]:
+        return load_model(self._mixlm), load_model(self._mixlm / "encoder")
+
+
+def test_rows_are_measured_once_and_kept(
+    frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
+) -> None:
+    demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
+    options = argparse.Namespace(
+        test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=list(frontier.PARTS)
+    )  # fmt: skip
+    bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, options)
+    every = frontier.rows(bench)
+    names = ["shared_prefix", "full_text", "mixlm_1", "retrieval"]
+    found = {name: frontier.measure(bench, name, every[name]) for name in names}
+    for name, row in found.items():
+        assert 0 <= row["ndcg@10"] <= 1
+        assert row["items_per_s"] > 0
+        assert row["p99_ms"] > 0
+        assert (row["click_auroc"] is None) == (name == "retrieval")
+        assert len(row["ndcg_of_queries"]) == 3
+    full, mixed = found["full_text"], found["mixlm_1"]
+    assert full["ndcg_of_queries"] == found["shared_prefix"]["ndcg_of_queries"]
+    assert full["flops_per_item"] > found["shared_prefix"]["flops_per_item"] > mixed["flops_per_item"]
+    assert mixed["bytes_per_document"] == 4 * load_model(funnel.model("ranker")).contract.architecture.width
+    assert frontier.compare(found)["mixlm_1"]["speed_ratio"] > 0
+    frontier.draw(tmp_path / "frontier.png", found, "small")
+    assert (tmp_path / "frontier.png").is_file()
+    # Not measured again; not under other settings either.
+    assert frontier.measure(bench, "mixlm_1", frontier.Row(lambda: pytest.fail("made again"))) == mixed
+    options.budget_ms = 1.0
+    with pytest.raises(InputError, match=r"mixlm_1\.json was measured with another budget_ms"):
+        frontier.measure(bench, "mixlm_1", every["mixlm_1"])
+
+
+def test_scores_alone_are_those_behind_a_shared_prefix(
+    frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
+) -> None:
+    demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
+    bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, argparse.Namespace(test_queries=2))
+    queries, lists = list(world.queries["test"][:2]), [np.arange(8), np.arange(3)]
+    shared, alone = (bench.text(bench.chain.ranker(), share=share) for share in (True, False))
+    one, other = (np.concatenate(row.score(queries, lists)) for row in (shared, alone))
+    np.testing.assert_allclose(one, other, atol=1e-4)
+    shared.fit(queries, lists, 64)
+    np.testing.assert_allclose(np.concatenate(shared.score(queries, lists)), one, atol=1e-4)
+    np.testing.assert_allclose(np.concatenate(shared.engine(queries, lists)()), one, atol=1e-4)
