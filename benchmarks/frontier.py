@@ -4,7 +4,8 @@
         [--budget-ms 500] [--tokens 1] [--rows full_text mixlm_1]
 
 Trains the models (`frontier_models.Chain`; what a former run finished is kept), then measures each row and keeps its figures in
-`WORKDIR/rows`, so that an interrupted run goes on where it stopped: delete a file to measure that row again.
+`WORKDIR/rows`, so that an interrupted run goes on where it stopped: delete a file to measure that row again. With `--untrained` all
+weights are random, which costs no training: speed and FLOPs do not depend on them.
 
 - Quality: NDCG@10 and poor matches@10 of the first `--test-queries` test searches over BM25's and the retriever's first 30 documents, and
   click AUROC over the pages of all of them, or of the first `--click-queries`.
@@ -29,7 +30,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from frontier_models import Chain
+from frontier_models import Chain, Untrained
 from funnel import AUROC, Demo, Evaluation, parameters, train_traditional
 from machine import describe
 from record import append
@@ -88,8 +89,8 @@ class Contender:
     """Share of documents that lose their end."""
     order: Callable[[np.ndarray], np.ndarray] = lambda x: x
     """Logits of a list -> what it is ordered by."""
-    clicks: Callable[[np.ndarray], np.ndarray] | None = None
-    """Logits of a page -> scores of the first action."""
+    clicks: Callable[[Queries, Lists], np.ndarray] | None = None
+    """Scores of the first action on pages, one after another; None where no clicks are predicted."""
     fit: Callable[[Queries, Lists, int], None] | None = None
     """Chooses shapes for lists like these, with so many tokens a call."""
     engine: Callable[[Queries, Lists], Callable[[], Any]] | None = None
@@ -144,7 +145,9 @@ def language_model(
         parameters(model),
         float(np.mean(scorer.truncated > 0)),
         relevance_log_odds,
-        None if place is None else lambda x: action_log_odds(x)[:, place],
+        None
+        if place is None
+        else lambda queries, lists: action_log_odds(np.concatenate(scorer(queries, lists)))[:, place],
         fit,
         engine,
         lambda queries, lists: item_flops(
@@ -214,8 +217,8 @@ class Bench:
 
         text = np.mean([len(document_text(document).encode()) for document in self.data.documents])
         size = float(text) + evaluation.documents_emb[0].nbytes
-        self.click_model = None if clicks is None else lambda q, c: score(q, c, clicks)
-        return Contender(score, size)
+        pages = None if clicks is None else lambda q, c: np.concatenate(score(q, c, clicks))
+        return Contender(score, size, clicks=pages)
 
     def retrieval(self) -> Contender:
         """The retriever's cosine with every document of the corpus."""
@@ -264,20 +267,17 @@ def quality(bench: Bench, contender: Contender, row: Row) -> dict[str, Any]:
     if row.same_scores:
         same = measure(bench, row.same_scores, rows(bench)[row.same_scores])
         names = ("ndcg@10", "poor_match@10", AUROC, "ndcg_of_queries", "impressions")
-        return {name: same.get(name) for name in names} | about(bench, contender)
+        return {name: same.get(name) for name in names}
     evaluation, options = bench.evaluation, bench.options
     some = slice(0, options.test_queries)
     queries, lists = evaluation.queries[some], evaluation.candidates[some]
     scores = [contender.order(x) for x in contender.score(queries, lists)]
     found = ranking_metrics(bench.data, queries, lists, scores)
     figures: dict[str, Any] = {name: float(np.nanmean(found[name])) for name in ("ndcg@10", "poor_match@10")}
-    figures |= {AUROC: None, "ndcg_of_queries": found["ndcg@10"].tolist()} | about(bench, contender)
-    pages = slice(0, options.click_queries or None)
-    predict = getattr(bench, "click_model", None) if contender.clicks is None else contender.score
-    if predict is not None and evaluation.action:
-        shown = evaluation.page_rows[pages]
-        logits = np.concatenate(predict(evaluation.queries[pages], shown))
-        values = contender.clicks(logits) if contender.clicks else logits
+    figures |= {AUROC: None, "ndcg_of_queries": found["ndcg@10"].tolist()}
+    if contender.clicks is not None:
+        pages = slice(0, options.click_queries or None)
+        values = contender.clicks(evaluation.queries[pages], evaluation.page_rows[pages])
         done = evaluation.clicks[: len(values)]
         figures[AUROC] = auroc(values, done, where=np.ones(done.shape, bool))
         figures["impressions"] = len(values)
@@ -397,6 +397,7 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
         return known
     with bench.chain.demo.stage(name):
         contender = row.make()
+        known |= about(bench, contender)
         for part in missing:
             known |= PARTS[part][1](bench, contender, row)
             path.parent.mkdir(exist_ok=True)
@@ -416,17 +417,16 @@ def compare(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     best = max(full, key=lambda row: row["items_per_s"])
     result = {}
     for row in mixed:
-        change = paired_bootstrap(row["ndcg_of_queries"], best["ndcg_of_queries"])
-        result[row["model"]] = {
-            "over": best["model"],
-            "flop_ratio": best["flops_per_item"] / row["flops_per_item"],
-            "ndcg_kept": row["ndcg@10"] / best["ndcg@10"],
-            "ndcg_difference": [change.mean, change.low, change.high],
-        }
+        ratios = {"over": best["model"], "flop_ratio": best["flops_per_item"] / row["flops_per_item"]}
         if row.get("items_per_s"):
-            result[row["model"]]["speed_ratio"] = row["items_per_s"] / best["items_per_s"]
-        if row[AUROC] is not None and best[AUROC] is not None:
-            result[row["model"]]["clicks_kept"] = (row[AUROC] - 0.5) / (best[AUROC] - 0.5)
+            ratios["speed_ratio"] = row["items_per_s"] / best["items_per_s"]
+        if "ndcg@10" in row and "ndcg@10" in best:
+            change = paired_bootstrap(row["ndcg_of_queries"], best["ndcg_of_queries"])
+            ratios["ndcg_kept"] = row["ndcg@10"] / best["ndcg@10"]
+            ratios["ndcg_difference"] = [change.mean, change.low, change.high]
+        if row.get(AUROC) is not None and best.get(AUROC) is not None:
+            ratios["clicks_kept"] = (row[AUROC] - 0.5) / (best[AUROC] - 0.5)
+        result[row["model"]] = ratios
     return result
 
 
@@ -464,7 +464,7 @@ def draw(path: Path, found: dict[str, dict[str, Any]], title: str) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8))
     for axis, rows_of, name in ((axes[0], found, title), (axes[1], PAPER, "published (one H100, 0.6B)")):
         for model, row in rows_of.items():
-            if row.get("items_per_s"):
+            if row.get("items_per_s") and row.get("ndcg@10"):
                 axis.scatter(row["items_per_s"], row["ndcg@10"])
                 place = (row["items_per_s"], row["ndcg@10"])
                 axis.annotate(model, place, xytext=(5, 4), textcoords="offset points")
@@ -495,6 +495,9 @@ def main() -> int:
         default=40,
         help="tokens of a document read at first; 0: whole ones at once",
     )
+    parser.add_argument(
+        "--untrained", action="store_true", help="random weights in a work folder of its own: speed alone"
+    )
     parser.add_argument("--tokens", type=int, nargs="*", default=[1], help="T_S of the MixLM rows")
     parser.add_argument("--rows", nargs="*", default=[], help="only these rows")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
@@ -514,7 +517,9 @@ def main() -> int:
     data_dir = options.data_dir or str(workdir / "data")
     demo = Demo(workdir, options.dataset, data_dir, options.seed, options.steps, 0, False)
     data = open_data(DataConfig(options.dataset, data_dir))
-    bench = Bench(Chain(demo, data, options.warm_tokens), data, options)
+    if options.untrained:
+        options.parts = ["speed"]
+    bench = Bench((Untrained if options.untrained else Chain)(demo, data, options.warm_tokens), data, options)
     every = rows(bench)
     if unknown := [name for name in options.rows if name not in every]:
         raise InputError(f"--rows has {unknown[0]!r}: known are {', '.join(every)}")
@@ -533,7 +538,16 @@ def main() -> int:
         line = {key: value for key, value in row.items() if key != "ndcg_of_queries"}
         append(
             options.jsonl,
-            [line | {"ratios": ratios.get(name), "command": command, "machine": limit, "seed": options.seed}],
+            [
+                line
+                | {
+                    "untrained": options.untrained,
+                    "ratios": ratios.get(name),
+                    "command": command,
+                    "machine": limit,
+                    "seed": options.seed,
+                }
+            ],
         )
     return 0
 

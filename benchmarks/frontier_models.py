@@ -5,17 +5,33 @@ reads `warm` tokens of them, in which the structured fields of a generated posti
 then go on with whole documents, a batch of far fewer pairs. With warm = 0 they read whole ones from the start.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from flax import nnx
 from funnel import Demo
 
 from jaxsearch.compression.pruning import Pruning, prune_model, save_pruned
 from jaxsearch.data.datasets import Dataset
-from jaxsearch.models.contract import Model, load_model
+from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.models.contract import (
+    CONTRACT_FILE,
+    Contract,
+    MixLMPart,
+    Model,
+    load_model,
+    make_module,
+    save_model,
+)
+from jaxsearch.models.decoder import DecoderConfig
+from jaxsearch.models.presets import preset
+from jaxsearch.scoring.records import RANKER_LABELS
 from jaxsearch.tasks.base import train_tokenizer
+from jaxsearch.tasks.defaults import TINY_SERVED, tiny_prompt
 
 VOCABULARY = 4096
 WHOLE = 1400
@@ -198,3 +214,56 @@ class Chain:
             name = f"{name}_whole"
             self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits, *self._whole(32, 16))
         return load_model(self.path(name)), load_model(Path(self.path(name)) / "encoder")
+
+
+class Untrained(Chain):
+    """Models of the same sizes with random weights, for what does not depend on them."""
+
+    can_summarise = False
+
+    def _random(self, name: str, contract: Contract) -> Model:
+        folder = self.demo.workdir / name / "model"
+        if not (folder / CONTRACT_FILE).is_file():
+            save_model(folder, make_module(contract, nnx.Rngs(0)), contract, Tokenizer.load(self.tokenizer()))
+        return load_model(folder)
+
+    def _size(self) -> DecoderConfig:
+        return preset("tiny_student", vocab_size=VOCABULARY)
+
+    def _prompt(self, kind: str, tokens: int, features: tuple[str, ...] = ()) -> PromptConfig:
+        return dataclasses.replace(tiny_prompt(kind, features), max_document_tokens=tokens)
+
+    def _ranker(self, name: str, tokens: int, size: DecoderConfig, mixlm: MixLMPart | None = None) -> Model:
+        found = Tokenizer.load(self.tokenizer())
+        labels = {label: found.label(label) for label in RANKER_LABELS}
+        prompt = self._prompt("ranker", tokens, TINY_SERVED)
+        return self._random(
+            name, Contract("ranker", size, {"pair": prompt}, labels, self.data.actions, mixlm=mixlm)
+        )
+
+    def retriever(self) -> Model:
+        """Two towers."""
+        prompts = {kind: self._prompt(kind, self.warm or WHOLE) for kind in ("query", "document")}
+        return self._random("retriever", Contract("bi_encoder", self._size(), prompts))
+
+    def ranker(self) -> Model:
+        """Of whole documents."""
+        return self._ranker("ranker_whole", WHOLE, self._size())
+
+    def short_ranker(self) -> Model:
+        """Of first tokens."""
+        return self._ranker("ranker", self.warm, self._size())
+
+    def pruned(self) -> Model:
+        """Half of the neurons and a layer fewer."""
+        size = self._size()
+        less = dataclasses.replace(size, mlp_width=size.mlp_width // 2, layers=size.layers - 1)
+        return self._ranker("pruned_whole", WHOLE, less)
+
+    def mixlm(self, tokens: int) -> tuple[Model, Model]:
+        """Ranker and encoder."""
+        part, name = MixLMPart(tokens, self._size().width), f"mixlm_{tokens}"
+        prompts = {"document": self._prompt("document", WHOLE)}
+        encoder = self._random(f"{name}_encoder", Contract("encoder", self._size(), prompts, mixlm=part))
+        part = dataclasses.replace(part, encoder=encoder.hash)
+        return self._ranker(name, WHOLE, self._size(), part), encoder

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_market import Funnel, filled
+from small_market import TEACHER, Funnel, filled
 from test_tasks import build, configured
 
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.records import Query
 from jaxsearch.errors import InputError
+from jaxsearch.models import presets
 from jaxsearch.models.contract import Model, load_model
 from jaxsearch.models.presets import preset
+from jaxsearch.scoring.mixed import check_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -156,3 +158,20 @@ def test_scores_alone_are_those_behind_a_shared_prefix(
     shared.fit(queries, lists, 64)
     np.testing.assert_allclose(np.concatenate(shared.score(queries, lists)), one, atol=1e-4)
     np.testing.assert_allclose(np.concatenate(shared.engine(queries, lists)()), one, atol=1e-4)
+
+
+def test_untrained_models_have_the_sizes_of_trained_ones(
+    frontier: Any, world: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
+    monkeypatch.setitem(presets.PRESETS, "tiny_student", TEACHER)  # of two layers
+    chain = frontier.Untrained(demo, world, 4)
+    ranker, encoder = chain.mixlm(2)
+    check_pair(ranker, encoder)
+    full, short, pruned = chain.ranker(), chain.short_ranker(), chain.pruned()
+    assert full.contract.architecture == short.contract.architecture == ranker.contract.architecture
+    assert full.contract.actions == world.actions
+    assert [m.contract.prompts["pair"].max_document_tokens for m in (full, short)] == [1400, 4]
+    assert pruned.contract.architecture.mlp_width == full.contract.architecture.mlp_width // 2
+    assert chain.retriever().contract.kind == "bi_encoder"
+    assert chain.ranker().hash == full.hash  # kept, not made again
