@@ -56,6 +56,24 @@ def tiny() -> Tiny:
     )
 
 
+def test_unseen_postings_are_the_next_ones_and_graded_by_the_policy(tiny: Tiny) -> None:
+    market = tiny.market
+    documents, graded = market.unseen(40)
+    assert [document.id for document in documents] == [f"p{i:05d}" for i in range(1200, 1240)]
+    assert len(market.documents) == 1200  # the market itself stays as it is
+    assert market.unseen(10)[0] == documents[:10]
+    assert list(graded) == [query.id for query in market.queries["test"]]
+    checked = 0
+    for query, grades in graded.items():
+        need = market._searches[int(query[1:])].need
+        for place, grade in grades.items():
+            if grade == 4 and need.city is not None:
+                assert documents[place].attributes["city"] == market.cities[need.city]
+                checked += 1
+    assert checked > 10
+    assert {grade for grades in graded.values() for grade in grades.values()} == {1, 2, 3, 4}
+
+
 def test_tiny_is_the_one_that_was_frozen(tiny: Tiny) -> None:
     tables = {
         "documents": tiny.market.documents,

@@ -408,6 +408,12 @@ def test_stage_three_starts_from_stage_two_and_a_retriever(exported: Path, tmp_p
         np.testing.assert_array_equal(model.ranker.decoder.layers.q[...], before.decoder.layers.q[...])
         encoder = load_model(exported / "encoder").module.decoder
         np.testing.assert_array_equal(model.encoder.decoder.layers.q[...], encoder.layers.q[...])
+        # A trained encoder goes on as it is: its scale is not fitted again.
+        np.testing.assert_array_equal(model.encoder.decoder.final_norm[...], encoder.final_norm[...])
+        trained = load_model(exported / "encoder").module.projection
+        assert (model.encoder.projection is None) == (trained is None)
+        if trained is not None:
+            np.testing.assert_array_equal(model.encoder.projection[...], trained[...])
         labels = later.examples[0].targets["labels"][:, 0]  # grades 4, 3, 0, 0 and one that nobody graded
         graded = labels[np.isfinite(labels)]
         np.testing.assert_allclose(np.sort(graded), np.log([1 / 49, 1 / 49, 3, 49]), rtol=1e-4)

@@ -202,6 +202,17 @@ def test_only_documents_are_cut_and_it_is_reported() -> None:
     assert len(room("ranker", max_query_tokens=84).prefixes([QUERY])) == 1
 
 
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    [("short", "a long text; Nurse; Austin"), ("full", "Body: a long text\nTitle: Nurse\nPlace: Austin")],
+)
+def test_the_longest_field_may_come_first(style: str, expected: str) -> None:
+    document = Document("d", {"title": "Nurse", "body": "a long text", "place": "Austin"})
+    changed = room("document", style=style, longest_first=True)
+    assert changed.document_text(document) == expected
+    assert room("document", style=style).document_text(document) != expected
+
+
 def test_empty_queries_are_refused_by_name() -> None:
     assert room("ranker").prefixes([]) == []
     with pytest.raises(InputError, match="query 'q7' is empty"):

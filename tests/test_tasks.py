@@ -170,6 +170,26 @@ def test_compute_settings_are_the_configs_and_sizes_the_checkpoints(funnel: Funn
     assert load_start(ModelConfig("tiny_student", str(funnel.model("base"))), world).architecture == sizes
 
 
+def test_fields_that_a_base_model_does_not_read_whole_stay_last(world: Dataset) -> None:
+    untouched = build("base")
+    room, document = untouched._room, untouched.data.documents[0]
+    names = list(document.fields)
+    two = dataclasses.replace(document, fields={name: document.fields[name] for name in names[:2]})
+    (head,), (whole,) = room.documents([two]), room.documents([document])
+    assert untouched._whole_fields(0) == (3, len(whole.ids))
+    assert len({tuple(untouched._shuffled(0, rng)) for rng in rngs(0, 40)}) == 6
+
+    task = build("base", "--task.prompt.max-document-tokens", str(len(head.ids) + 1))
+    assert task._whole_fields(0) == (2, len(head.ids))
+    found = {tuple(task._shuffled(0, rng)) for rng in rngs(0, 20)}
+    assert len(found) == 2
+    for ids in found:
+        assert len(ids) <= len(head.ids) + 2
+        assert ids[-1] == room.end_id
+        text = room.tokenizer.decode(list(ids[:-1]))
+        assert not [value for value in two.fields.values() if value.lower() not in text], text
+
+
 def test_first_layers_are_kept_exactly() -> None:
     decoder = filled(lambda rngs: Decoder(dataclasses.replace(TEACHER, layers=3, tied=False), rngs=rngs), 0)
     before = flat(decoder)

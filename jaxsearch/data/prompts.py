@@ -151,6 +151,9 @@ class PromptConfig:
     """Longer queries (with searcher) are refused: a prefix is never cut."""
     max_document_tokens: int = 1024
     """Longer documents lose their end, which is reported."""
+    longest_first: bool = False
+    """Put a document's longest field before the others. Titles, places and skills then stand next to where the document is summed up,
+    not a thousand tokens away from it; a cut would take them, so that documents should be read whole."""
     features: tuple[str, ...] = ()
     """Names from `FEATURES` for the pair part, in order."""
     feature_names: str = "style"
@@ -232,6 +235,10 @@ class PromptRoom:
         self.format = FORMATS[config.chat]
         self.end_id = tokenizer.control(self.format.end)
         self._pairs: dict[str, list[int]] = {"": []}
+        self._features = [
+            (self._feature_name(number), FEATURES[name].value)
+            for number, name in enumerate(config.features, start=1)
+        ]
         self.suffix: list[int] = self._suffix()
 
     def _ids(self, pieces: Sequence[str]) -> list[int]:
@@ -294,9 +301,12 @@ class PromptRoom:
 
     def document_text(self, document: Document) -> str:
         """What the document part says, before tokenising."""
+        fields = list(document.fields.items())
+        if self.config.longest_first:
+            fields.sort(key=lambda field: field[1] != max(document.fields.values(), key=len))
         if self.config.style == "short":
-            return "; ".join(document.fields.values())
-        lines = [f"{name.replace('_', ' ').capitalize()}: {text}" for name, text in document.fields.items()]
+            return "; ".join(text for _, text in fields)
+        lines = [f"{name.replace('_', ' ').capitalize()}: {text}" for name, text in fields]
         return "\n".join(lines)
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentTokens]:
@@ -338,10 +348,7 @@ class PromptRoom:
     def pair_text(self, query: Query, document: Document, position: int | None = None) -> str:
         """The features of a pair as text ("" without features)."""
         place = self.config.serving_position if position is None else position
-        written = [
-            (self._feature_name(number), self._value(FEATURES[name].value(query, document, place)))
-            for number, name in enumerate(self.config.features, start=1)
-        ]
+        written = [(name, self._value(value(query, document, place))) for name, value in self._features]
         if self.config.style == "short":
             # A number stands right behind its name: a space before a digit would be a token of its own.
             return "".join(

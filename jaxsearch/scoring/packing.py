@@ -38,7 +38,8 @@ class EmbeddedItem:
 
     def __post_init__(self) -> None:
         shape, kind = np.shape(self.embeddings), np.asarray(self.embeddings).dtype
-        if len(shape) != 2 or not jnp.issubdtype(kind, jnp.floating):
+        # NumPy's own kinds of floats are told apart sooner than those that it does not know.
+        if len(shape) != 2 or not (kind.kind == "f" or jnp.issubdtype(kind, jnp.floating)):
             raise InputError(f"embeddings are {kind} {shape}: give floats [S, D]")
 
     def __len__(self) -> int:

@@ -46,7 +46,7 @@ class LanguageModelConfig(TaskConfig):
     """Documents of one query in a batch."""
     shuffle_fields: bool = False
     """Put a document's fields into another order each time. In a fixed order the later fields of a small corpus are known by heart from the
-    earlier ones, and what is known by heart is not learned from the query."""
+    earlier ones, and what is known by heart is not learned from the query. Fields that the template cuts stay last."""
 
     def build(self, config: TrainConfig) -> "LanguageModelTask":
         """The task on its data."""
@@ -66,6 +66,7 @@ class LanguageModelTask(Task):
         self.start = load_start(config.model, data)
         self._room = check_prompt("prompt", config.prompt, "ranker", self.start.tokenizer)
         self._documents = [[*part.ids, self._room.end_id] for part in self._room.documents(data.documents)]
+        self._whole: dict[int, tuple[int, int]] = {}
         self._prefixes = self._room.prefixes(data.queries["train"])
         count = precedent_count(config.precedents, data)
         self.examples = [
@@ -117,10 +118,26 @@ class LanguageModelTask(Task):
     def _shuffled(self, row: int, rng: np.random.Generator) -> list[int]:
         """Token ids of a document with its fields in another order, no more of them than in its own order."""
         document, limit = self.data.documents[row], len(self._documents[row])
+        whole, length = self._whole_fields(row)
         names = list(document.fields)
-        fields = {names[i]: document.fields[names[i]] for i in rng.permutation(len(names))}
+        fields = {names[i]: document.fields[names[i]] for i in rng.permutation(whole)}
         (part,) = self._room.documents([dataclasses.replace(document, fields=fields)])
-        return [*part.ids[: limit - 1], self._room.end_id]
+        rest = self._documents[row][length:-1]
+        return [*[*part.ids, *rest][: limit - 1], self._room.end_id]
+
+    def _whole_fields(self, row: int) -> tuple[int, int]:
+        """How many of a document's first fields are read whole, and how many tokens these have."""
+        if row not in self._whole:
+            document, found = self.data.documents[row], (0, 0)
+            names = list(document.fields)
+            for count in range(1, len(names) + 1):
+                fields = {name: document.fields[name] for name in names[:count]}
+                (part,) = self._room.documents([dataclasses.replace(document, fields=fields)])
+                if part.truncated:
+                    break
+                found = count, len(part.ids)
+            self._whole[row] = found
+        return self._whole[row]
 
     def loss(self, model: Scorer, batch: Batch, key: jax.Array) -> Losses:
         """Mean over tokens, in nats."""

@@ -32,7 +32,15 @@ from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.data.records import ACTIONS
 from jaxsearch.losses import cosine_distance
-from jaxsearch.models.contract import CONTRACT_FILE, Contract, Golden, MixLMPart, read_contract, save_model
+from jaxsearch.models.contract import (
+    CONTRACT_FILE,
+    Contract,
+    Golden,
+    MixLMPart,
+    load_model,
+    read_contract,
+    save_model,
+)
 from jaxsearch.models.mixlm import DocumentEncoder, MixLM
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.mixed import (
@@ -49,6 +57,7 @@ from jaxsearch.scoring.prefill import Prefix, answer_hidden, pad_prefixes, prefi
 from jaxsearch.scoring.records import action_log_odds, relevance_log_odds
 from jaxsearch.tasks.base import (
     ModelConfig,
+    Start,
     abstract_start,
     check_prompt,
     evaluation_lists,
@@ -169,6 +178,16 @@ class Shares(NamedTuple):
     align: Any
 
 
+def trained_encoder(checkpoint: str, start: Start) -> DocumentEncoder | None:
+    """The encoder of a finished MixLM run, where `checkpoint` is its folder and `start` has all its layers."""
+    folder = Path(checkpoint)
+    if not (folder / CONTRACT_FILE).is_file() or read_contract(folder).kind != "encoder":
+        return None
+    module = load_model(folder).module
+    assert isinstance(module, DocumentEncoder)
+    return module if module.decoder.config.layers == start.architecture.layers else None
+
+
 def knows_actions(checkpoint: str) -> bool:
     """Whether it is the model folder of a ranker with action heads; `init` then starts from them."""
     folder = Path(checkpoint)
@@ -200,6 +219,7 @@ class MixLMTask(RankerTask):
         self._labels = {}  # the examples hold them now
         self._steps = train.steps
         self.encoder_start = load_start(config.encoder, data)
+        self._trained = trained_encoder(config.encoder.init_from, self.encoder_start)
         tokenizer = self.encoder_start.tokenizer
         self.encoder_room = check_prompt("encoder_prompt", config.encoder_prompt, "document", tokenizer)
         self._texts = [part.ids for part in self.encoder_room.documents(data.documents)]
@@ -216,7 +236,7 @@ class MixLMTask(RankerTask):
         """The task without examples (`TaskConfig.build_abstract`)."""
         task = super().abstract(config, actions)
         settings = task.config
-        task._steps, task._documents = 0, 0
+        task._steps, task._documents, task._trained = 0, 0, None
         task.encoder_start = abstract_start(settings.encoder)
         tokenizer = task.encoder_start.tokenizer
         task.encoder_room = check_prompt("encoder_prompt", settings.encoder_prompt, "document", tokenizer)
@@ -335,7 +355,7 @@ class MixLMTask(RankerTask):
     # --- the step ------------------------------------------------------------------------------------------------
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
-        """A `MixLM` that starts as the config says; embeddings are as large as the ranker's own."""
+        """A `MixLM` that starts as the config says; embeddings are as large as the ranker's own, or as a trained encoder makes them."""
         ranker = super().init(rngs)
         assert isinstance(ranker, Scorer)
         encoder = DocumentEncoder(
@@ -346,7 +366,10 @@ class MixLMTask(RankerTask):
         )
         if self.encoder_start.weights is not None:
             nnx.update(encoder.decoder, nnx.state(self.encoder_start.weights))
-        encoder.fit_scale(ranker.decoder.embedding[...])
+        if self._trained is None:
+            encoder.fit_scale(ranker.decoder.embedding[...])
+        elif self._trained.projection is not None and encoder.projection is not None:
+            encoder.projection[...] = self._trained.projection[...]
         return MixLM(ranker, encoder)
 
     @property

@@ -422,6 +422,17 @@ class JobMarket:
             tries=_TRIES,
         )
 
+    def unseen(self, count: int) -> tuple[list[Document], dict[str, dict[int, int]]]:
+        """So many more postings of this market, which no data set holds, and their grades above 0 by test search and place."""
+        held, more = self.market.postings, JobMarket(self.variant)
+        more.market = dataclasses.replace(self.market, postings=held + count)
+        graded = {}
+        for query in self.queries["test"]:
+            need = self._searches[int(query.id[1:])].need
+            row = policy.grades(policy.components(need, more._columns, more.tiers))[held:]
+            graded[query.id] = {int(place): int(row[place]) for place in np.flatnonzero(row)}
+        return more.documents[held:], graded
+
     # --- impressions ---------------------------------------------------------------------------------------------
 
     def impressions(self, split: str) -> dict[str, list[Impression]]:

@@ -1,0 +1,559 @@
+"""Quality beside speed, from full text to a document in one embedding: every way to rank, on one machine and one data set.
+
+    python benchmarks/frontier.py --jsonl benchmarks/results/frontier.jsonl [--workdir runs/long] [--dataset job_market:long] \
+        [--budget-ms 500] [--tokens 1] [--rows full_text mixlm_1]
+
+Trains the models (`frontier_models.Chain`; what a former run finished is kept), then measures each row and keeps its figures in
+`WORKDIR/rows`, so that an interrupted run goes on where it stopped: delete a file to measure that row again. With `--untrained` all
+weights are random, which costs no training: speed and FLOPs do not depend on them.
+
+- Quality: NDCG@10 and poor matches@10 of the first `--test-queries` test searches over BM25's and the retriever's first 30 documents, and
+  click AUROC over the pages of all of them, or of the first `--click-queries`.
+- Speed: requests of growing size, each size for `--seconds`, from records to scores; documents' tokens are made before and embeddings
+  preloaded, as in serving. The figure is the highest rate whose p99 stays within `--budget-ms`. `engine_items_per_s` leaves out
+  tokenising queries and writing pair features.
+
+`WORKDIR/frontier.md` holds the table with the published row beside each, `frontier.png` quality against items per second.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from frontier_models import Chain, Untrained
+from funnel import AUROC, Demo, Evaluation, parameters, train_traditional
+from machine import describe
+from record import append
+from workloads import Workload, flops
+
+from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.records import Document, Query
+from jaxsearch.errors import InputError
+from jaxsearch.metrics import auroc, paired_bootstrap
+from jaxsearch.models.contract import Model
+from jaxsearch.models.decoder import DecoderConfig
+from jaxsearch.models.scorer import Scorer
+from jaxsearch.retrieval.bm25 import document_text
+from jaxsearch.scoring.buckets import Buckets, steps
+from jaxsearch.scoring.embedding_store import EmbeddingStore, encode_documents
+from jaxsearch.scoring.mixed import make_mixed_scorer
+from jaxsearch.scoring.packing import Item
+from jaxsearch.scoring.prefill import PrefillScorer
+from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
+from jaxsearch.serving.bundle import make_embedder, make_scorer
+from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
+
+PAPER: dict[str, dict[str, float]] = {
+    "full_text": {"ndcg@10": 0.9432, "items_per_s": 270},
+    "shared_prefix": {"ndcg@10": 0.9432, "items_per_s": 290},
+    "pruned": {"ndcg@10": 0.8652},
+    "pruned_summarised": {"ndcg@10": 0.9218, "items_per_s": 2_200},
+    "mixlm_1": {"ndcg@10": 0.9239, "items_per_s": 22_000},
+    "retrieval": {"ndcg@10": 0.8380, "items_per_s": 1.6e9},
+}
+"""Published figures, one H100, 0.6B, p99 <= 500 ms. The pruned one is of people search, where the dense one has 0.8629."""
+TEXT_BYTES = 4
+"""Of a token id."""
+CALL_TOKENS = (2_048, 4_096, 16_384)
+"""Of a call of the engine at most: what suits a row best is found out."""
+MOST_REQUESTS = 100
+LARGEST = 50_000
+"""Items in the largest request that is tried."""
+GOALS = {"speed": 300.0, "least_speed": 75.9, "ndcg": 0.98, "clicks": 0.96}
+"""MixLM over full text: items/s, NDCG@10 and click AUROC above 0.5."""
+
+Queries = list[Query]
+Lists = list[np.ndarray]
+
+
+@dataclass
+class Contender:
+    """One way to rank."""
+
+    score: Callable[[Queries, Lists], Lists]
+    """Logits, or one number, of every candidate: all that a request costs."""
+    bytes_per_document: float
+    """What is held of a document."""
+    params: int | None = None
+    truncated: float = 0.0
+    """Share of documents that lose their end."""
+    order: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    """Logits of a list -> what it is ordered by."""
+    clicks: Callable[[Queries, Lists], np.ndarray] | None = None
+    """Scores of the first action on pages, one after another; None where no clicks are predicted."""
+    fit: Callable[[Queries, Lists, int], None] | None = None
+    """Chooses shapes for lists like these, with so many tokens a call."""
+    engine: Callable[[Queries, Lists], Callable[[], Any]] | None = None
+    """The same without making tokens, to be called again and again."""
+    flops: Callable[[Queries, Lists], float] | None = None
+    """FLOPs per item, padding left out."""
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+def item_flops(
+    config: DecoderConfig, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
+) -> float:
+    """FLOPs per item of lists, prefixes computed once a list."""
+    total = 0.0
+    for prefix, some in zip(prefixes, items, strict=True):
+        one = flops(config, Workload(len(prefix), 0, 0), 0, shared=True)
+        total += one + sum(
+            flops(config, Workload(len(prefix), len(i), 1), 1, shared=True) - one for i in some
+        )
+    return total / sum(map(len, items))
+
+
+def alone(queries: Queries, lists: Lists) -> tuple[Queries, Lists]:
+    """Every candidate as a list of its own, which brings its own prefix."""
+    pairs = [(query, row) for query, rows in zip(queries, lists, strict=True) for row in rows]
+    return [query for query, _ in pairs], [np.array([row], np.int32) for _, row in pairs]
+
+
+def language_model(
+    scorer: RecordScorer, model: Model, bytes_per_document: float, action: str, *, share: bool = True
+) -> Contender:
+    """A ranker through the prefill engine."""
+    split: Callable[[Queries, Lists], tuple[Queries, Lists]] = (lambda q, c: (q, c)) if share else alone
+
+    def fit(queries: Queries, lists: Lists, tokens: int) -> None:
+        prefixes, items = scorer.tokens(*split(queries, lists))
+        lengths = [list(map(len, some)) for some in items]
+        assert isinstance(model.module, Scorer)
+        buckets = Buckets.fit(list(map(len, prefixes)), lengths, tokens=tokens)
+        scorer.prefill = PrefillScorer(model.module, buckets=buckets)
+
+    def engine(queries: Queries, lists: Lists) -> Callable[[], Any]:
+        prefixes, items = scorer.tokens(*split(queries, lists))
+        return lambda: scorer.prefill.score_lists(prefixes, items)
+
+    place = model.contract.actions.index(action) if action in model.contract.actions else None
+    return Contender(
+        lambda queries, lists: scorer(*split(queries, lists)),
+        bytes_per_document,
+        parameters(model),
+        float(np.mean(scorer.truncated > 0)),
+        relevance_log_odds,
+        None
+        if place is None
+        else lambda queries, lists: action_log_odds(np.concatenate(scorer(queries, lists)))[:, place],
+        fit,
+        engine,
+        lambda queries, lists: item_flops(
+            model.contract.architecture, *scorer.tokens(*split(queries, lists))
+        ),
+    )
+
+
+@dataclass
+class Bench:
+    """Data, models and lists that all rows share; each made when it is first asked for."""
+
+    chain: Chain
+    data: Dataset
+    options: argparse.Namespace
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """Test searches with their candidates."""
+        return Evaluation(self.data, self.data.test_splits[0], self.chain.retriever(), 1_000_000)
+
+    @property
+    def workdir(self) -> Path:
+        """Of the run."""
+        return self.chain.demo.workdir
+
+    def text(
+        self, model: Model, documents: Sequence[Document] | None = None, share: bool = True
+    ) -> Contender:
+        """A ranker on these texts (default: the documents as they are)."""
+        scorer = make_scorer(model, documents or self.data.documents)
+        parts = scorer.room.documents(documents or self.data.documents)
+        size = TEXT_BYTES * float(np.mean([len(part.ids) for part in parts]))
+        return language_model(scorer, model, size, self.evaluation.action, share=share)
+
+    def summaries(self) -> Sequence[Document]:
+        """The documents as a summary says them."""
+        found = importlib.import_module("jaxsearch.data.summaries")
+        return found.show_documents(self.data.documents, self.chain.summaries()).documents
+
+    def mixlm(self, tokens: int) -> Contender:
+        """MixLM with embeddings from its store."""
+        ranker, encoder = self.chain.mixlm(tokens)
+        path = self.workdir / f"embeddings_{tokens}"
+        encode_documents(encoder, self.data.documents, path)
+        store = EmbeddingStore.open(path, ranker.contract.mixlm)
+        store.require(self.data.documents)
+        store.preload()
+        documents = self.data.documents
+        scorer = make_mixed_scorer(ranker, documents, store.fetcher(documents))
+        size = (
+            tokens
+            * ranker.contract.architecture.width
+            * np.dtype(ranker.contract.architecture.dtype).itemsize
+        )
+        return language_model(scorer, ranker, size, self.evaluation.action)
+
+    def lightgbm(self) -> Contender:
+        """Boosted trees on fields, BM25 and the retriever's cosine."""
+        retriever, evaluation = self.chain.retriever(), self.evaluation
+        features, ranker, clicks = train_traditional(self.data, retriever, evaluation, 4_500, 0)
+        embedder = make_embedder(retriever)
+
+        def score(queries: Queries, lists: Lists, model: Any = ranker) -> Lists:
+            found = model.score(evaluation.features(features, lists, queries, embedder.queries(queries)))
+            return [values[: len(rows)] for values, rows in zip(found, lists, strict=True)]
+
+        text = np.mean([len(document_text(document).encode()) for document in self.data.documents])
+        size = float(text) + evaluation.documents_emb[0].nbytes
+        pages = None if clicks is None else lambda q, c: np.concatenate(score(q, c, clicks))
+        return Contender(score, size, clicks=pages)
+
+    def retrieval(self) -> Contender:
+        """The retriever's cosine with every document of the corpus."""
+        embedder, documents = make_embedder(self.chain.retriever()), self.evaluation.documents_emb
+
+        def score(queries: Queries, lists: Lists) -> Lists:
+            found = embedder.queries(queries) @ documents.T
+            return [values[rows] for values, rows in zip(found, lists, strict=True)]
+
+        return Contender(score, documents[0].nbytes, parameters(self.chain.retriever()))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    make: Callable[[], Contender]
+    same_scores: str = ""
+    """The row that gives the same scores in another way: quality is measured there alone."""
+
+
+def rows(bench: Bench) -> dict[str, Row]:
+    """Every row by name."""
+    models = bench.chain
+    found = {
+        "shared_prefix": Row(lambda: bench.text(models.ranker())),
+        "full_text": Row(lambda: bench.text(models.ranker(), share=False), "shared_prefix"),
+        **{f"mixlm_{n}": Row(lambda n=n: bench.mixlm(n)) for n in bench.options.tokens},
+        "lightgbm": Row(bench.lightgbm),
+        "retrieval": Row(bench.retrieval),
+        "pruned": Row(lambda: bench.text(models.pruned())),
+    }
+    if models.can_summarise:
+        found["summarised"] = Row(lambda: bench.text(models.summarised("ranker"), bench.summaries()))
+        found["pruned_summarised"] = Row(lambda: bench.text(models.summarised("pruned"), bench.summaries()))
+    else:
+        print("no jaxsearch.data.summaries here: the rows summarised and pruned_summarised are left out")
+    return {**found, "cut": Row(lambda: bench.text(models.short_ranker()))} if models.warm else found
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+def quality(bench: Bench, contender: Contender, row: Row) -> dict[str, Any]:
+    """NDCG@10 and poor matches of every query, and click AUROC; of a row with the same scores, where there is one."""
+    if row.same_scores:
+        same = measure(bench, row.same_scores, rows(bench)[row.same_scores])
+        names = ("ndcg@10", "poor_match@10", AUROC, "ndcg_of_queries", "impressions")
+        return {name: same.get(name) for name in names}
+    evaluation, options = bench.evaluation, bench.options
+    some = slice(0, options.test_queries)
+    queries, lists = evaluation.queries[some], evaluation.candidates[some]
+    scores = [contender.order(x) for x in contender.score(queries, lists)]
+    found = ranking_metrics(bench.data, queries, lists, scores)
+    figures: dict[str, Any] = {name: float(np.nanmean(found[name])) for name in ("ndcg@10", "poor_match@10")}
+    figures |= {AUROC: None, "ndcg_of_queries": found["ndcg@10"].tolist()}
+    if contender.clicks is not None:
+        pages = slice(0, options.click_queries or None)
+        values = contender.clicks(evaluation.queries[pages], evaluation.page_rows[pages])
+        done = evaluation.clicks[: len(values)]
+        figures[AUROC] = auroc(values, done, where=np.ones(done.shape, bool))
+        figures["impressions"] = len(values)
+    return figures
+
+
+def about(bench: Bench, contender: Contender) -> dict[str, Any]:
+    """What a row is, and the arithmetic it needs."""
+    some, evaluation = slice(0, bench.options.test_queries), bench.evaluation
+    lists = evaluation.queries[some], evaluation.candidates[some]
+    return {
+        "flops_per_item": None if contender.flops is None else contender.flops(*lists),
+        "params": contender.params,
+        "truncated": contender.truncated,
+        "bytes_per_document": round(contender.bytes_per_document, 1),
+    }
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def requests(queries: Queries, lists: Lists, size: int) -> list[tuple[Queries, Lists]]:
+    """Different requests of about `size` items: a part of one list, or several whole ones."""
+    found, q, c = [], list[Query](), list[np.ndarray]()
+    for query, candidates in zip(queries, lists, strict=True):
+        q, c = [*q, query], [*c, candidates[: size - sum(map(len, c))]]
+        if sum(map(len, c)) >= size:
+            found.append((q, c))
+            q, c = [], []
+    return found
+
+
+def rate(
+    calls: Sequence[Callable[[], Any]], items: Sequence[int], seconds: float
+) -> tuple[float, float, int]:
+    """Items per second, p99 in ms and the number of calls, in so many seconds; each call has been made before."""
+    times, done = list[float](), 0
+    end = time.perf_counter() + seconds
+    while (len(times) < MOST_REQUESTS and time.perf_counter() < end) or len(times) < 3:
+        number = len(times) % len(calls)
+        started = time.perf_counter()
+        calls[number]()
+        times.append(time.perf_counter() - started)
+        done += items[number]
+    return done / sum(times), float(np.percentile(times, 99, method="higher")) * 1e3, len(times)
+
+
+def speed(bench: Bench, contender: Contender, row: Row) -> dict[str, Any]:
+    """The best rate within the budget, over sizes of requests and of the engine's calls."""
+    evaluation, options = bench.evaluation, bench.options
+    sizes = [size for size in steps(1, LARGEST) if size <= sum(map(len, evaluation.candidates))]
+    best: dict[str, Any] = {"items_per_s": 0.0, "p99_ms": None}
+    for tokens in CALL_TOKENS if contender.fit is not None else (0,):
+        size = 1
+        while size:
+            found = _timed(
+                contender, requests(evaluation.queries, evaluation.candidates, size), tokens, options
+            )
+            room = options.budget_ms / found["p99_ms"]
+            if room >= 1 and found["items_per_s"] > best["items_per_s"]:
+                best = found | {"call_tokens": tokens}
+            factor = 4 if room > 16 else 2 if room > 4 else 1.2
+            size = next((s for s in sizes if s > size * factor), 0) if room >= 1 else 0
+    return best | {"machine": describe()}
+
+
+def _timed(
+    contender: Contender, some: list[tuple[Queries, Lists]], tokens: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Figures of requests of one size."""
+    some = some[:MOST_REQUESTS]
+    if contender.fit is not None:
+        queries, lists = ([x for part in parts for x in part] for parts in zip(*some, strict=True))
+        contender.fit(queries, lists, tokens)
+    contender.score(*some[0])  # compiles
+    started = time.perf_counter()
+    contender.score(*some[0])
+    some = some[: max(3, int(options.seconds / max(time.perf_counter() - started, 1e-4)))]
+    for one in some:
+        contender.score(*one)
+    items = [sum(map(len, lists)) for _, lists in some]
+    found, p99, calls = rate([lambda one=one: contender.score(*one) for one in some], items, options.seconds)
+    figures = {
+        "items_per_s": found, "p99_ms": p99, "items_per_request": float(np.mean(items)), "requests": calls,
+    }  # fmt: skip
+    if contender.engine is not None:
+        figures["engine_items_per_s"], figures["engine_p99_ms"], _ = rate(
+            [contender.engine(*one) for one in some], items, options.seconds
+        )
+    return figures
+
+
+PARTS: dict[str, tuple[str, Callable[[Bench, Contender, Row], dict[str, Any]]]] = {
+    "quality": ("ndcg@10", quality),
+    "speed": ("items_per_s", speed),
+}
+"""What is measured, each with a figure that tells that it is done."""
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
+    """A row's figures; what its file has is not measured again."""
+    options, path = bench.options, bench.workdir / "rows" / f"{name}.json"
+    settings = {
+        "model": name, "dataset": bench.data.name, "budget_ms": options.budget_ms, "warm_tokens": bench.chain.warm,
+        "test_queries": options.test_queries, "click_queries": options.click_queries,
+    }  # fmt: skip
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else dict(settings)
+    if differing := [key for key, value in settings.items() if known[key] != value]:
+        raise InputError(
+            f"{path} was measured with another {differing[0]}: delete it, or give another --workdir"
+        )
+    missing = [part for part in options.parts if PARTS[part][0] not in known]
+    if not missing:
+        return known
+    with bench.chain.demo.stage(name):
+        contender = row.make()
+        known |= about(bench, contender)
+        for part in missing:
+            known |= PARTS[part][1](bench, contender, row)
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(known))
+            os.replace(temporary, path)
+    return known
+
+
+def compare(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The headline: the best MixLM row over the fastest full-text path, ratios of figures and of FLOPs."""
+    full = [found[name] for name in ("full_text", "shared_prefix") if name in found]
+    mixed = [row for name, row in found.items() if name.startswith("mixlm")]
+    full = [row for row in full if row.get("items_per_s")]
+    if not full or not mixed:
+        return {}
+    best = max(full, key=lambda row: row["items_per_s"])
+    result = {}
+    for row in mixed:
+        ratios = {"over": best["model"], "flop_ratio": best["flops_per_item"] / row["flops_per_item"]}
+        if row.get("items_per_s"):
+            ratios["speed_ratio"] = row["items_per_s"] / best["items_per_s"]
+        if "ndcg@10" in row and "ndcg@10" in best:
+            change = paired_bootstrap(row["ndcg_of_queries"], best["ndcg_of_queries"])
+            ratios["ndcg_kept"] = row["ndcg@10"] / best["ndcg@10"]
+            ratios["ndcg_difference"] = [change.mean, change.low, change.high]
+        if row.get(AUROC) is not None and best.get(AUROC) is not None:
+            ratios["clicks_kept"] = (row[AUROC] - 0.5) / (best[AUROC] - 0.5)
+        result[row["model"]] = ratios
+    return result
+
+
+COLUMNS = {
+    "ndcg@10": "NDCG@10", "poor_match@10": "poor@10", AUROC: "click AUROC", "items_per_s": "items/s", "p99_ms": "p99 ms",
+    "flops_per_item": "FLOPs/item", "params": "parameters", "bytes_per_document": "bytes/document",
+}  # fmt: skip
+
+
+def shown(value: float | None) -> str:
+    """Four decimals of what lies between 0 and 1, else a whole number or three digits of a large one."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value < 1 else f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown, the published figures in the last two columns."""
+    head = ["row", *COLUMNS.values(), "published NDCG@10", "published items/s"]
+    lines = [head, ["---"] * len(head)]
+    for name, row in found.items():
+        there = PAPER.get(name, {})
+        cells = [shown(row.get(key)) for key in COLUMNS]
+        lines.append([name, *cells, *(shown(there.get(key)) for key in ("ndcg@10", "items_per_s"))])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw(path: Path, found: dict[str, dict[str, Any]], title: str) -> None:
+    """NDCG@10 against items per second, ours and the published ones."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8))
+    for axis, rows_of, name in ((axes[0], found, title), (axes[1], PAPER, "published (one H100, 0.6B)")):
+        for model, row in rows_of.items():
+            if row.get("items_per_s") and row.get("ndcg@10"):
+                axis.scatter(row["items_per_s"], row["ndcg@10"])
+                place = (row["items_per_s"], row["ndcg@10"])
+                axis.annotate(model, place, xytext=(5, 4), textcoords="offset points")
+        axis.set(xscale="log", xlabel="items/s", ylabel="NDCG@10 (gain 2^g - 1)", title=name)
+        axis.margins(x=0.15, y=0.1)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workdir", default="runs/long", help="folder of the run; a former one is gone on with"
+    )
+    parser.add_argument("--dataset", default="job_market:long")
+    parser.add_argument("--data-dir", default="", help="folder of prepared data (default: WORKDIR/data)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--steps", type=float, default=1.0, help="multiplies every stage's steps, for a quick look"
+    )
+    parser.add_argument(
+        "--warm-tokens",
+        type=int,
+        default=40,
+        help="tokens of a document read at first; 0: whole ones at once",
+    )
+    parser.add_argument(
+        "--untrained", action="store_true", help="random weights in a work folder of its own: speed alone"
+    )
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1], help="T_S of the MixLM rows")
+    parser.add_argument("--rows", nargs="*", default=[], help="only these rows")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--budget-ms", type=float, default=500.0, help="p99 of a request at most")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="of timing per size of request and of call"
+    )
+    parser.add_argument("--test-queries", type=int, default=150)
+    parser.add_argument(
+        "--click-queries", type=int, default=0, help="pages in the click AUROC; 0: of all queries"
+    )
+    parser.add_argument("--jsonl", default="", help="append one line per row to this file")
+    options = parser.parse_args()
+    workdir = Path(options.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").resolve()))
+    data_dir = options.data_dir or str(workdir / "data")
+    demo = Demo(workdir, options.dataset, data_dir, options.seed, options.steps, 0, False)
+    data = open_data(DataConfig(options.dataset, data_dir))
+    if options.untrained:
+        options.parts = ["speed"]
+    bench = Bench((Untrained if options.untrained else Chain)(demo, data, options.warm_tokens), data, options)
+    every = rows(bench)
+    if unknown := [name for name in options.rows if name not in every]:
+        raise InputError(f"--rows has {unknown[0]!r}: known are {', '.join(every)}")
+    found = {
+        name: measure(bench, name, row) for name, row in every.items() if name in (options.rows or every)
+    }
+    ratios, limit = compare(found), describe()
+    text = table(found)
+    (workdir / "frontier.md").write_text(text)
+    draw(workdir / "frontier.png", found, f"{data.name}, {options.test_queries} searches")
+    print(f"\n{text}")
+    for name, values in ratios.items():
+        print(name, json.dumps(values))
+    command = "python " + " ".join(sys.argv)
+    for name, row in found.items():
+        line = {key: value for key, value in row.items() if key != "ndcg_of_queries"}
+        append(
+            options.jsonl,
+            [
+                line
+                | {
+                    "untrained": options.untrained,
+                    "ratios": ratios.get(name),
+                    "command": command,
+                    "machine": limit,
+                    "seed": options.seed,
+                }
+            ],
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"frontier.py: {error}")

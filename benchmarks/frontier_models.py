@@ -1,0 +1,269 @@
+"""The models of the frontier on documents that are too long to learn from the start: short first, then whole.
+
+Nothing that a judge would have to read is needed: teachers learn the data set's own grades and impressions. What reads documents first
+reads `warm` tokens of them, in which the structured fields of a generated posting stand; the ranker, its pruned form and MixLM's encoder
+then go on with whole documents, a batch of far fewer pairs. With warm = 0 they read whole ones from the start.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from flax import nnx
+from funnel import Demo
+
+from jaxsearch.compression.pruning import Pruning, prune_model, save_pruned
+from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.prompts import PromptConfig
+from jaxsearch.data.tokenizer import Tokenizer
+from jaxsearch.models.contract import (
+    CONTRACT_FILE,
+    Contract,
+    MixLMPart,
+    Model,
+    load_model,
+    make_module,
+    save_model,
+)
+from jaxsearch.models.decoder import DecoderConfig
+from jaxsearch.models.presets import preset
+from jaxsearch.scoring.records import RANKER_LABELS
+from jaxsearch.tasks.base import train_tokenizer
+from jaxsearch.tasks.defaults import TINY_SERVED, tiny_prompt
+
+VOCABULARY = 4096
+WHOLE = 1400
+"""Tokens of a whole document at most."""
+PER_QUERY = 16
+"""Pairs of a training query that teachers score."""
+SUMMARY = 64
+"""Tokens of a summary at most."""
+STEPS = {
+    "base": 450, "retriever": 300, "relevance_teacher": 300, "engagement_teacher": 90, "student": 120, "mixlm": 200,
+    "whole": 50, "summarised": 100,
+}  # fmt: skip
+"""Of each stage: as few as two busy cores have time for; with more of both, more is better."""
+PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
+FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
+"""A third of a first training's rates, for what only has to get used to whole documents."""
+FULL_RATES = ("--optimizer.learning-rate", "3e-3", "--optimizer.muon-learning-rate", "0.02")
+
+
+@dataclass
+class Chain:
+    """Trains one model after another into the folders of a run; what a former run finished is kept."""
+
+    demo: Demo
+    data: Dataset
+    warm: int
+    """Tokens of a document at first; 0: all from the start."""
+
+    def path(self, name: str) -> str:
+        """A stage's model folder."""
+        return str(self.demo.workdir / name / "model")
+
+    def _steps(self, stage: str) -> list[str]:
+        return ["--steps", str(STEPS[stage])]
+
+    def _cut(self, part: str = "prompt", *, whole: bool = False) -> list[str]:
+        limit = WHOLE if whole or not self.warm else self.warm
+        return [f"--task.{part}.max-document-tokens", str(limit)]
+
+    def _whole(self, queries: int, candidates: int) -> list[str]:
+        """A batch of whole documents, and an evaluation of few."""
+        sizes = ["--batch-size", str(queries), "--task.candidates", str(candidates)]
+        return [*sizes, "--task.data.eval-queries", "20", "--log-every", "5", *FINE]
+
+    def tokenizer(self) -> str:
+        """A vocabulary of the data's own words, so that documents are no longer than they must be."""
+        folder = self.demo.workdir / "tokenizer"
+        if not (folder / "tokenizer.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            train_tokenizer(self.data, VOCABULARY).save(folder)
+        return str(folder)
+
+    def base(self) -> Model:
+        """A small language model."""
+        order = () if self.data.actions else ("--task.shuffle-fields", "False")
+        return self.demo.train(
+            "base", "base.py:tiny_student", "--task.model.tokenizer", self.tokenizer(),
+            "--task.model.vocab-size", str(VOCABULARY), *self._steps("base"), *order, *self._cut(),
+        )  # fmt: skip
+
+    def retriever(self) -> Model:
+        """A bi-encoder from the base model."""
+        self.base()
+        return self.demo.train(
+            "retriever", "retriever.py:tiny", "--task.model.init-from", self.path("base"), *self._steps("retriever"),
+            *self._cut("document-prompt"),
+        )  # fmt: skip
+
+    def teachers(self) -> list[str]:
+        """Overrides that name the stores of both teachers, who are of the student's size."""
+        self.retriever()
+        relevance = self.demo.train(
+            "relevance_teacher", "relevance_teacher.py:tiny", "--task.model.init-from", self.path("retriever"),
+            *self._steps("relevance_teacher"), *FULL_RATES, *self._cut(),
+        )  # fmt: skip
+        stores = ["--task.relevance-teachers", self.score("relevance_scores", relevance)]
+        if self.data.actions:
+            engagement = self.demo.train(
+                "engagement_teacher", "engagement_teacher.py:tiny", "--task.model.init-from",
+                self.path("relevance_teacher"), *self._steps("engagement_teacher"), *self._cut(),
+            )  # fmt: skip
+            stores += ["--task.engagement-teachers", self.score("engagement_scores", engagement)]
+        return stores
+
+    def score(self, name: str, model: Model) -> str:
+        """A store of scores of the training pairs."""
+        return self.demo.label(name, model, self.data, PER_QUERY)
+
+    def _student(self, name: str, init_from: str) -> Model:
+        """A ranker distilled from both teachers."""
+        start = ["--task.model.init-from", init_from, *self.teachers(), *self._steps("student")]
+        return self.demo.train(name, "ranker.py:tiny", *start, *self._cut())
+
+    def _whole_student(self, name: str) -> Model:
+        """The same, used to whole documents."""
+        if not self.warm:
+            return load_model(self.path(name))
+        start = ["--task.model.init-from", self.path(name), *self.teachers(), *self._steps("whole")]
+        more = [*self._cut(whole=True), *self._whole(4, 8)]
+        return self.demo.train(f"{name}_whole", "ranker.py:tiny", *start, *more)
+
+    def short_ranker(self) -> Model:
+        """The ranker before it has seen whole documents."""
+        self.teachers()
+        return self._student("ranker", self.path("relevance_teacher"))
+
+    def ranker(self) -> Model:
+        """The ranker that reads text."""
+        self.short_ranker()
+        return self._whole_student("ranker")
+
+    def short_pruned(self) -> Model:
+        """Half of the MLP neurons and the last layer taken from the ranker, and its recovery on first tokens."""
+        short, start = self.short_ranker(), self.demo.workdir / "pruned_start"
+        if not start.is_dir():
+            with self.demo.stage("pruning"):
+                save_pruned(start, prune_model(short, self.data, PRUNED, queries=64, candidates=16), short)
+        return self._student("pruned", str(start))
+
+    def pruned(self) -> Model:
+        """The same, used to whole documents."""
+        self.short_pruned()
+        return self._whole_student("pruned")
+
+    @property
+    def can_summarise(self) -> bool:
+        """Whether this installation has summaries."""
+        return importlib.util.find_spec("jaxsearch.data.summaries") is not None
+
+    def summaries(self) -> str:
+        """A store of extractive summaries, brought up to date."""
+        summaries = importlib.import_module("jaxsearch.data.summaries")
+        extractive = importlib.import_module("jaxsearch.compression.extractive")
+        counting = self.short_ranker().tokenizer
+        summariser = extractive.Extractive(counting, SUMMARY, self.data.documents)
+        with self.demo.stage("summaries"):
+            summaries.summarise_documents(summariser, self.data.documents, self.demo.workdir / "summaries")
+        return str(self.demo.workdir / "summaries")
+
+    def summarised(self, name: str) -> Model:
+        """The ranker, or the pruned one, used to summaries."""
+        (self.short_ranker if name == "ranker" else self.short_pruned)()
+        start = [
+            "--task.model.init-from",
+            self.path(name),
+            *self.teachers(),
+            "--task.summaries",
+            self.summaries(),
+        ]
+        more = ["--task.prompt.max-document-tokens", str(2 * SUMMARY), *self._steps("summarised"), *FINE]
+        return self.demo.train(f"{name}_summarised", "ranker.py:tiny", *start, *more)
+
+    def short_mixlm(self, tokens: int) -> list[str]:
+        """Trains ranker and encoder on the first tokens of documents; returns the overrides that say what they learn from."""
+        scores = self.score("ranker_scores", self.short_ranker())
+        stores = ["--task.relevance-teachers", scores, "--task.tokens", str(tokens)]
+        stores += ["--task.engagement-teachers", scores] if self.data.actions else []
+        start = [
+            "--task.model.init-from",
+            self.path("ranker"),
+            "--task.encoder.init-from",
+            self.path("retriever"),
+        ]
+        more = [*self._steps("mixlm"), *self._cut(), *self._cut("encoder-prompt")]
+        self.demo.train(f"mixlm_{tokens}", "mixlm.py:tiny", *start, *stores, *more)
+        return stores
+
+    def mixlm(self, tokens: int) -> tuple[Model, Model]:
+        """Ranker and encoder with so many embeddings per document.
+
+        What aligned the two is done on the first tokens; the encoder, which alone reads documents, then gets used to whole ones.
+        """
+        name, stores = f"mixlm_{tokens}", self.short_mixlm(tokens)
+        if self.warm:
+            start = ["--task.model.init-from", self.path(name), *self._steps("whole")]
+            start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder"), *stores]
+            terms = ["--task.align-weight", "0", "--task.curriculum", "0", "--task.unique-documents", "1"]
+            limits = [*self._cut(whole=True), *self._cut("encoder-prompt", whole=True)]
+            limits += ["--task.encoder-prompt.longest-first", "True"]
+            name = f"{name}_whole"
+            self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits, *self._whole(32, 16))
+        return load_model(self.path(name)), load_model(Path(self.path(name)) / "encoder")
+
+
+class Untrained(Chain):
+    """Models of the same sizes with random weights, for what does not depend on them."""
+
+    can_summarise = False
+
+    def _random(self, name: str, contract: Contract) -> Model:
+        folder = self.demo.workdir / name / "model"
+        if not (folder / CONTRACT_FILE).is_file():
+            save_model(folder, make_module(contract, nnx.Rngs(0)), contract, Tokenizer.load(self.tokenizer()))
+        return load_model(folder)
+
+    def _size(self) -> DecoderConfig:
+        return preset("tiny_student", vocab_size=VOCABULARY)
+
+    def _prompt(self, kind: str, tokens: int, features: tuple[str, ...] = ()) -> PromptConfig:
+        return dataclasses.replace(tiny_prompt(kind, features), max_document_tokens=tokens)
+
+    def _ranker(self, name: str, tokens: int, size: DecoderConfig, mixlm: MixLMPart | None = None) -> Model:
+        found = Tokenizer.load(self.tokenizer())
+        labels = {label: found.label(label) for label in RANKER_LABELS}
+        prompt = self._prompt("ranker", tokens, TINY_SERVED)
+        return self._random(
+            name, Contract("ranker", size, {"pair": prompt}, labels, self.data.actions, mixlm=mixlm)
+        )
+
+    def retriever(self) -> Model:
+        """Two towers."""
+        prompts = {kind: self._prompt(kind, self.warm or WHOLE) for kind in ("query", "document")}
+        return self._random("retriever", Contract("bi_encoder", self._size(), prompts))
+
+    def ranker(self) -> Model:
+        """Of whole documents."""
+        return self._ranker("ranker_whole", WHOLE, self._size())
+
+    def short_ranker(self) -> Model:
+        """Of first tokens."""
+        return self._ranker("ranker", self.warm, self._size())
+
+    def pruned(self) -> Model:
+        """Half of the neurons and a layer fewer."""
+        size = self._size()
+        less = dataclasses.replace(size, mlp_width=size.mlp_width // 2, layers=size.layers - 1)
+        return self._ranker("pruned_whole", WHOLE, less)
+
+    def mixlm(self, tokens: int) -> tuple[Model, Model]:
+        """Ranker and encoder."""
+        part, name = MixLMPart(tokens, self._size().width), f"mixlm_{tokens}"
+        prompts = {"document": self._prompt("document", WHOLE)}
+        encoder = self._random(f"{name}_encoder", Contract("encoder", self._size(), prompts, mixlm=part))
+        part = dataclasses.replace(part, encoder=encoder.hash)
+        return self._ranker(name, WHOLE, self._size(), part), encoder

@@ -1,0 +1,343 @@
+"""MixLM beside its full-text teacher: what one embedding keeps, what more of them add, what each part of the recipe is worth.
+
+    python benchmarks/funnel.py --workdir runs/demo
+    python benchmarks/mixlm.py --funnel runs/demo --workdir runs/mixlm --jsonl benchmarks/results/mixlm.jsonl \
+        [--arms full tokens_5 no_alignment] [--seeds 0 1 2]
+
+An arm is the recipe of `configs/mixlm.py:tiny` with one thing changed, trained from the funnel's stages, which are the same for all
+arms and seeds. Every line has:
+
+- NDCG@10, poor matches@10 and click AUROC on the funnel's test searches, and what share of the ranker's on full text that is;
+- `shuffled`: NDCG@10 with each document's embeddings swapped for another's, beside `chance`, which is that of random orders;
+- `unseen`: NDCG@10 of the same searches over postings that no stage has seen: the market's next ones, which training data ends before.
+  Beside it the full-text ranker, the retriever's cosine and LightGBM (trained on seen postings, true grades) on the same lists.
+
+Runs and lines that are there already are not made again.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from funnel import AUROC, Demo, Evaluation, parameters, train_traditional
+from machine import describe
+from record import append
+
+from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.job_market.generator import JobMarket
+from jaxsearch.errors import InputError
+from jaxsearch.metrics import auroc, paired_bootstrap
+from jaxsearch.models.contract import Model, load_model
+from jaxsearch.retrieval.traditional import Features
+from jaxsearch.scoring.mixed import OnDemand, make_document_embedder, make_mixed_scorer, shuffled
+from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
+from jaxsearch.serving.bundle import make_scorer
+from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
+
+VARIANT = "tiny"
+TOKENS = (5, 10, 20, 50)
+ARMS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    **{f"tokens_{n}": ("--task.tokens", str(n)) for n in TOKENS},
+    "no_alignment": ("--task.align-weight", "0"),
+    "no_distillation": ("--task.distill-weight", "0"),
+    "labels_alone": ("--task.align-weight", "0", "--task.distill-weight", "0"),
+    "one_phase": ("--task.curriculum", "0"),
+    "no_stage_1": ("--task.model.init-from", "FUNNEL/base_student/model"),
+}
+"""What is changed. Without stage I the ranker starts from the language model that has not learned from the judge."""
+PAPER = {
+    "full": "98.0% of full text", "tokens_5": "+.0017", "tokens_10": "+.0044", "tokens_20": "+.0111", "tokens_50": "+.0198",
+    "no_alignment": "-.0017", "no_distillation": "-.0094", "labels_alone": "-.0108", "one_phase": "-.0020",
+    "no_stage_1": "-.0185",
+}  # fmt: skip
+"""Published change of NDCG@10 by each; of alignment and distillation from what both, and each alone, add to the labels."""
+UNSEEN = 1_200
+"""Postings behind those of the data set."""
+
+
+def unseen_postings(data: Dataset) -> Dataset:
+    """The test searches that have a good answer among postings of the same market that are not in the data set."""
+    documents, graded = JobMarket(VARIANT).unseen(UNSEEN)
+    queries = [query for query in data.queries["test"] if max(graded[query.id].values(), default=0) > 2]
+    return dataclasses.replace(
+        data, name=f"{data.name}_unseen", documents=documents, queries={**data.queries, "test": queries}, graded=graded,
+        pairs=[], impressions={},
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Bench:
+    """What all arms share."""
+
+    funnel: Path
+    workdir: Path
+    steps: float
+    test_queries: int
+
+    @cached_property
+    def demo(self) -> Demo:
+        """Trains arms on the funnel's data."""
+        dataset = f"job_market:{VARIANT}"
+        return Demo(self.workdir, dataset, str(self.funnel / "data"), 0, self.steps, 0, False)
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The funnel's."""
+        return open_data(DataConfig(self.demo.dataset, self.demo.data_dir))
+
+    def stage(self, name: str) -> Model:
+        """A model of the funnel."""
+        if not (self.funnel / name / "model").is_dir():
+            raise InputError(
+                f"{self.funnel} has no {name}/model: run benchmarks/funnel.py --workdir {self.funnel} first"
+            )
+        return load_model(self.funnel / name / "model")
+
+    @cached_property
+    def seen(self) -> Evaluation:
+        """The test searches over the data set's postings."""
+        return Evaluation(self.data, "test", self.stage("retriever"), self.test_queries)
+
+    @cached_property
+    def unseen(self) -> Evaluation:
+        """The test searches over postings that no stage has seen."""
+        return Evaluation(unseen_postings(self.data), "test", self.stage("retriever"), self.test_queries)
+
+    @cached_property
+    def scores(self) -> str:
+        """The teacher's store: the funnel's ranker on the training pairs."""
+        return self.demo.label("ranker_scores", self.stage("ranker"), self.data, per_query=16)
+
+    def train(self, arm: str, seed: int) -> tuple[Model, Model]:
+        """Ranker and encoder of an arm."""
+        self.stage("ranker")
+        changes = [part.replace("FUNNEL", str(self.funnel)) for part in ARMS[arm]]
+        start = (
+            []
+            if "--task.model.init-from" in changes
+            else ["--task.model.init-from", str(self.funnel / "ranker/model")]
+        )
+        self.demo.seed = seed
+        name = f"{arm}_{seed}"
+        self.demo.train(
+            name, "mixlm.py:tiny", "--task.encoder.init-from", str(self.funnel / "retriever/model"),
+            "--task.labels", str(self.funnel / "judge_labels"), "--task.relevance-teachers", self.scores,
+            "--task.engagement-teachers", self.scores, *start, *changes,
+        )  # fmt: skip
+        folder = self.workdir / name / "model"
+        return load_model(folder), load_model(folder / "encoder")
+
+    @cached_property
+    def references(self) -> dict[str, dict[str, Any]]:
+        """What arms stand beside: per corpus and way to rank, the NDCG@10 of each query; and the ranker's click AUROC."""
+        ranker, retriever = self.stage("ranker"), self.stage("retriever")
+        features, trees, _ = train_traditional(self.data, retriever, self.seen, 4_500, 0)
+        found: dict[str, dict[str, Any]] = {}
+        for name, evaluation in self.corpora.items():
+            own = Features(evaluation.data.documents, features.spec, bm25=evaluation.bm25)
+            scores = {
+                "full_text": relevance(make_scorer(ranker, evaluation.data.documents), evaluation),
+                "retrieval": evaluation.semantic(retriever).scores,
+                "lightgbm": evaluation.traditional(own, trees, None).scores,
+                "chance": chance(evaluation),
+            }
+            found[name] = {key: ndcg(evaluation, values) for key, values in scores.items()}
+        found["seen"][AUROC] = clicks(make_scorer(ranker, self.data.documents), ranker, self.seen)
+        return found
+
+    @property
+    def corpora(self) -> dict[str, Evaluation]:
+        """Both."""
+        return {"seen": self.seen, "unseen": self.unseen}
+
+    def measure(self, arm: str, seed: int) -> dict[str, Any]:
+        """An arm's line."""
+        ranker, encoder = self.train(arm, seed)
+        line: dict[str, Any] = {"arm": arm, "seed": seed, "parameters": parameters(ranker)}
+        for name, evaluation in self.corpora.items():
+            documents, there = evaluation.data.documents, self.references[name]
+            fetch = OnDemand(make_document_embedder(encoder), documents)
+            scorer = make_mixed_scorer(ranker, documents, fetch)
+            values = ndcg(evaluation, relevance(scorer, evaluation))
+            if name == "seen":
+                line |= {
+                    "poor_match@10": self.poor(scorer, evaluation),
+                    AUROC: clicks(scorer, ranker, evaluation),
+                }
+                line["clicks_kept"] = (line[AUROC] - 0.5) / (there[AUROC] - 0.5)
+            figures = {"ndcg@10": mean(values), "kept": mean(values) / mean(there["full_text"])}
+            for other in ("full_text", "retrieval", "lightgbm"):
+                change = paired_bootstrap(values, there[other])
+                figures[other] = mean(there[other])
+                figures[f"over_{other}"] = [round(x, 5) for x in (change.mean, change.low, change.high)]
+            scorer.fetch = shuffled(fetch, np.arange(len(documents)))
+            figures["shuffled"] = mean(ndcg(evaluation, relevance(scorer, evaluation)))
+            figures["chance"] = mean(there["chance"])
+            figures["queries"] = len(evaluation.queries)
+            line |= figures if name == "seen" else {"unseen": figures}
+        return line
+
+    @staticmethod
+    def poor(scorer: RecordScorer, evaluation: Evaluation) -> float:
+        """Poor matches@10."""
+        scores = relevance(scorer, evaluation)
+        found = ranking_metrics(evaluation.data, evaluation.queries, evaluation.candidates, scores)
+        return float(np.nanmean(found["poor_match@10"]))
+
+
+def relevance(scorer: RecordScorer, evaluation: Evaluation) -> list[np.ndarray]:
+    """What the candidates are ordered by, one [L] per query."""
+    return [relevance_log_odds(x) for x in scorer(evaluation.queries, evaluation.candidates)]
+
+
+def chance(evaluation: Evaluation) -> list[np.ndarray]:
+    """Random orders."""
+    rng = np.random.default_rng(0)
+    return [rng.random(len(rows)) for rows in evaluation.candidates]
+
+
+def ndcg(evaluation: Evaluation, scores: list[np.ndarray]) -> np.ndarray:
+    """NDCG@10 of each query."""
+    return ranking_metrics(evaluation.data, evaluation.queries, evaluation.candidates, scores)["ndcg@10"]
+
+
+def clicks(scorer: RecordScorer, model: Model, evaluation: Evaluation) -> float:
+    """AUROC of the first action on the test searches' pages."""
+    place = model.contract.actions.index(evaluation.action)
+    values = action_log_odds(np.concatenate(scorer(evaluation.queries, evaluation.page_rows)))[:, place]
+    return auroc(values, evaluation.clicks, where=np.ones(evaluation.clicks.shape, bool))
+
+
+def mean(values: np.ndarray) -> float:
+    """Of the queries that have a value."""
+    return float(np.nanmean(values))
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Lines that are there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one line per arm, means over seeds, the published change beside it."""
+    names = (
+        "arm",
+        "seeds",
+        "NDCG@10",
+        "kept",
+        "change",
+        "published change",
+        "click AUROC",
+        "shuffled",
+        "chance",
+    )
+    names += ("unseen: MixLM", "full text", "retrieval", "LightGBM")
+    rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    full = {line["seed"]: line["ndcg@10"] for line in lines if line["arm"] == "full"}
+    for arm in ARMS:
+        mine = [line for line in lines if line["arm"] == arm]
+        if not mine:
+            continue
+
+        def average(*path: str, mine: list[dict[str, Any]] = mine) -> str:
+            values = []
+            for line in mine:
+                value: Any = line
+                for key in path:
+                    value = value[key]
+                values.append(value)
+            return f"{np.mean(values):.4f}"
+
+        changes = [line["ndcg@10"] - full[line["seed"]] for line in mine if line["seed"] in full]
+        change = "-" if arm == "full" or not changes else f"{np.mean(changes):+.4f}"
+        unseen = [average("unseen", key) for key in ("ndcg@10", "full_text", "retrieval", "lightgbm")]
+        cells = [arm, str(len(mine)), average("ndcg@10"), average("kept"), change, PAPER[arm], average(AUROC)]
+        rows.append("| " + " | ".join([*cells, average("shuffled"), average("chance"), *unseen]) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """NDCG@10 over T_S, and the arms of the recipe with every seed as a point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    curve = [(1, "full"), *((n, f"tokens_{n}") for n in TOKENS)]
+    points = [(n, line["ndcg@10"]) for n, arm in curve for line in lines if line["arm"] == arm]
+    axes[0].plot(*zip(*points, strict=True), "o") if points else None
+    means = {n: np.mean([y for x, y in points if x == n]) for n, _ in points}
+    axes[0].plot(list(means), list(means.values()), "-")
+    if lines:
+        axes[0].axhline(lines[0]["full_text"], ls="--", color="grey", label="full text")
+        axes[0].legend()
+    axes[0].set(xscale="log", xlabel="embeddings per document (T_S)", ylabel="NDCG@10 (gain 2^g - 1)")
+    arms = [arm for arm in ARMS if not arm.startswith("tokens") and any(x["arm"] == arm for x in lines)]
+    for place, arm in enumerate(arms):
+        values = [line["ndcg@10"] for line in lines if line["arm"] == arm]
+        axes[1].plot(values, [place] * len(values), "o")
+    axes[1].set_yticks(range(len(arms)), arms)
+    axes[1].invert_yaxis()
+    axes[1].set(xlabel="NDCG@10, a point per seed", title="T_S = 1")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--funnel", type=Path, default=Path("runs/demo"), help="folder of benchmarks/funnel.py"
+    )
+    parser.add_argument("--workdir", type=Path, default=Path("runs/mixlm"))
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--curve-seeds", type=int, nargs="*", default=[0], help="seeds of the curve over T_S")
+    parser.add_argument(
+        "--steps", type=float, default=1.0, help="multiplies every arm's steps, for a quick look"
+    )
+    parser.add_argument("--test-queries", type=int, default=800)
+    parser.add_argument("--jsonl", type=Path, default=Path("runs/mixlm/mixlm.jsonl"))
+    options = parser.parse_args()
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str((options.workdir / "compiled").resolve()))
+    bench = Bench(options.funnel, options.workdir, options.steps, options.test_queries)
+    common = {"command": " ".join(["python", *sys.argv]), "dataset": bench.data.name}
+    common |= {"steps": options.steps, "test_queries": options.test_queries}
+    for arm in options.arms:
+        for seed in options.curve_seeds if arm.startswith("tokens") else options.seeds:
+            known = [
+                line
+                for line in read(options.jsonl)
+                if (line["arm"], line["seed"], line["steps"]) == (arm, seed, options.steps)
+            ]
+            if not known:
+                line = bench.measure(arm, seed)
+                print(json.dumps(line), flush=True)
+                append(options.jsonl, [common | line | {"machine": describe()}])
+    lines = [line for line in read(options.jsonl) if line["steps"] == options.steps]
+    print(table(lines))
+    draw(options.jsonl.with_suffix(".png"), lines)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"mixlm.py: {error}")

@@ -1,0 +1,177 @@
+"""The frontier: FLOPs of lists, requests of a size, ratios, and rows measured with small models."""
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_market import TEACHER, Funnel, filled
+from test_tasks import build, configured
+
+from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.records import Query
+from jaxsearch.errors import InputError
+from jaxsearch.models import presets
+from jaxsearch.models.contract import Model, load_model
+from jaxsearch.models.presets import preset
+from jaxsearch.scoring.mixed import check_pair
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def frontier(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("frontier")
+
+
+def test_flops_of_lists_by_hand(frontier: Any) -> None:
+    config = preset("tiny_student", vocab_size=100)
+    linear = 3 * (4 * 64 * 8 * 16 + 6 * 64 * 192)
+    pair = 4 * 3 * 64
+
+    def head(p: int) -> float:
+        return p * linear + pair * p * (p + 1) / 2
+
+    def item(p: int, t: int) -> float:
+        return t * linear + pair * (t * p + t * (t + 1) / 2)
+
+    found = frontier.item_flops(config, [[1] * 5, [1] * 3], [[[1] * 2, [1] * 7], [[1] * 4]])
+    assert found == pytest.approx((head(5) + item(5, 2) + item(5, 7) + head(3) + item(3, 4)) / 3)
+
+
+def test_requests_hold_their_number_of_items(frontier: Any) -> None:
+    queries = [Query(f"q{i}", "nurse") for i in range(4)]
+    lists = [np.arange(n) for n in (5, 3, 4, 6)]
+    small = frontier.requests(queries, lists, 3)
+    assert [(q[0].id, c[0].tolist()) for q, c in small] == [(f"q{i}", [0, 1, 2]) for i in range(4)]
+    large = frontier.requests(queries, lists, 7)
+    assert [[q.id for q in some] for some, _ in large] == [["q0", "q1"], ["q2", "q3"]]
+    assert [[len(rows) for rows in c] for _, c in large] == [[5, 2], [4, 3]]
+    alone = frontier.alone(*large[0])
+    assert [q.id for q in alone[0]] == ["q0"] * 5 + ["q1"] * 2
+    assert np.concatenate(alone[1]).tolist() == [0, 1, 2, 3, 4, 0, 1]
+
+
+def test_rate_counts_items_and_takes_the_slowest(frontier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(frontier.time, "perf_counter", lambda: clock[0])
+
+    def call(seconds: float) -> Any:
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
+
+    found, p99, calls = frontier.rate([call(1.0), call(3.0)], [10, 20], 8.0)
+    assert (found, p99, calls) == (60 / 8, 3000.0, 4)
+
+
+def test_ratios_stand_over_the_fastest_full_text_path(frontier: Any) -> None:
+    def row(name: str, ndcg: list[float], clicks: float, speed: float, flops: float) -> dict[str, Any]:
+        return {
+            "model": name, "ndcg@10": float(np.mean(ndcg)), "ndcg_of_queries": ndcg, "click_auroc": clicks,
+            "items_per_s": speed, "flops_per_item": flops,
+        }  # fmt: skip
+
+    rows = {
+        "full_text": row("full_text", [0.8, 0.6], 0.7, 50.0, 900.0),
+        "shared_prefix": row("shared_prefix", [0.8, 0.6], 0.7, 60.0, 800.0),
+        "mixlm_1": row("mixlm_1", [0.7, 0.63], 0.69, 6000.0, 4.0),
+    }
+    found = frontier.compare(rows)["mixlm_1"]
+    assert found["over"] == "shared_prefix"
+    assert found["speed_ratio"] == pytest.approx(100)
+    assert found["flop_ratio"] == pytest.approx(200)
+    assert found["ndcg_kept"] == pytest.approx(0.665 / 0.7)
+    assert found["clicks_kept"] == pytest.approx(0.19 / 0.2)
+    text = frontier.table(rows)
+    assert "| mixlm_1 | 0.6650 |" in text
+    assert text.splitlines()[2].endswith("| 0.9432 | 270 |")
+    assert frontier.compare({"mixlm_1": rows["mixlm_1"]}) == {}
+
+
+class SmallChain:
+    """The models of the small funnel, and a MixLM that nobody trained."""
+
+    warm = 0
+    can_summarise = False
+
+    def __init__(self, funnel: Funnel, folder: Path, demo: Any):
+        self.demo, self._funnel = demo, funnel
+        store = str(funnel.store("relevance_teacher"))
+        options = ["--task.relevance-teachers", store, "--task.model.init-from", str(funnel.model("ranker"))]
+        task = build("mixlm", *options, "--task.encoder.init-from", str(funnel.model("retriever")))
+        self._mixlm = folder / "mixlm"
+        task.export(filled(task.init, 3), self._mixlm, configured("mixlm", *options))
+
+    def ranker(self) -> Model:
+        return load_model(self._funnel.model("ranker"))
+
+    def retriever(self) -> Model:
+        return load_model(self._funnel.model("retriever"))
+
+    def mixlm(self, tokens: int) -> tuple[Model, Model]:
+        return load_model(self._mixlm), load_model(self._mixlm / "encoder")
+
+
+def test_rows_are_measured_once_and_kept(
+    frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
+) -> None:
+    demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
+    options = argparse.Namespace(
+        test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=list(frontier.PARTS)
+    )  # fmt: skip
+    bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, options)
+    every = frontier.rows(bench)
+    names = ["shared_prefix", "full_text", "mixlm_1", "retrieval"]
+    found = {name: frontier.measure(bench, name, every[name]) for name in names}
+    for name, row in found.items():
+        assert 0 <= row["ndcg@10"] <= 1
+        assert row["items_per_s"] > 0
+        assert row["p99_ms"] > 0
+        assert (row["click_auroc"] is None) == (name == "retrieval")
+        assert len(row["ndcg_of_queries"]) == 3
+    full, mixed = found["full_text"], found["mixlm_1"]
+    assert full["ndcg_of_queries"] == found["shared_prefix"]["ndcg_of_queries"]
+    assert full["flops_per_item"] > found["shared_prefix"]["flops_per_item"] > mixed["flops_per_item"]
+    assert mixed["bytes_per_document"] == 4 * load_model(funnel.model("ranker")).contract.architecture.width
+    assert frontier.compare(found)["mixlm_1"]["speed_ratio"] > 0
+    frontier.draw(tmp_path / "frontier.png", found, "small")
+    assert (tmp_path / "frontier.png").is_file()
+    # Not measured again; not under other settings either.
+    assert frontier.measure(bench, "mixlm_1", frontier.Row(lambda: pytest.fail("made again"))) == mixed
+    options.budget_ms = 1.0
+    with pytest.raises(InputError, match=r"mixlm_1\.json was measured with another budget_ms"):
+        frontier.measure(bench, "mixlm_1", every["mixlm_1"])
+
+
+def test_scores_alone_are_those_behind_a_shared_prefix(
+    frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
+) -> None:
+    demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
+    bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, argparse.Namespace(test_queries=2))
+    queries, lists = list(world.queries["test"][:2]), [np.arange(8), np.arange(3)]
+    shared, alone = (bench.text(bench.chain.ranker(), share=share) for share in (True, False))
+    one, other = (np.concatenate(row.score(queries, lists)) for row in (shared, alone))
+    np.testing.assert_allclose(one, other, atol=1e-4)
+    shared.fit(queries, lists, 64)
+    np.testing.assert_allclose(np.concatenate(shared.score(queries, lists)), one, atol=1e-4)
+    np.testing.assert_allclose(np.concatenate(shared.engine(queries, lists)()), one, atol=1e-4)
+
+
+def test_untrained_models_have_the_sizes_of_trained_ones(
+    frontier: Any, world: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
+    monkeypatch.setitem(presets.PRESETS, "tiny_student", TEACHER)  # of two layers
+    chain = frontier.Untrained(demo, world, 4)
+    ranker, encoder = chain.mixlm(2)
+    check_pair(ranker, encoder)
+    full, short, pruned = chain.ranker(), chain.short_ranker(), chain.pruned()
+    assert full.contract.architecture == short.contract.architecture == ranker.contract.architecture
+    assert full.contract.actions == world.actions
+    assert [m.contract.prompts["pair"].max_document_tokens for m in (full, short)] == [1400, 4]
+    assert pruned.contract.architecture.mlp_width == full.contract.architecture.mlp_width // 2
+    assert chain.retriever().contract.kind == "bi_encoder"
+    assert chain.ranker().hash == full.hash  # kept, not made again
