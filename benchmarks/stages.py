@@ -1,5 +1,6 @@
 """Stages that a former run finished are not trained again, unless they were trained by other settings."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,13 +19,20 @@ def finished(folder: Path, config: TrainConfig) -> bool:
     if not contract.is_file():
         return False
     there = _flat(json.loads(contract.read_text())["training"])
-    wanted = _flat(json.loads(json.dumps(to_dict(config))))
+    wanted = _plain(config)
+    # A setting that came later is neutral by its default: a run that did not know it was made with that.
+    neutral = _plain(dataclasses.replace(config, task=type(config.task)()))
+    there |= {key: value for key, value in neutral.items() if key.startswith("task.") and key not in there}
     if differing := sorted(key for key in there | wanted if there.get(key) != wanted.get(key)):
         shown = ", ".join(f"{key} {there.get(key)!r} (not {wanted.get(key)!r})" for key in differing[:3])
         raise InputError(
             f"{folder} was trained with other settings, {shown}: delete it, or give another --workdir"
         )
     return True
+
+
+def _plain(config: TrainConfig) -> dict[str, object]:
+    return _flat(json.loads(json.dumps(to_dict(config))))
 
 
 def _flat(values: object, name: str = "") -> dict[str, object]:

@@ -10,8 +10,9 @@ folder, the encoder from a retriever's. The loss is
 - L_pred: KL to what the ranker itself says of the full text, of relevance and of every action;
 - L_hidden: 1 - cosine between the hidden states that the two answers are read from.
 
-The full-text pass is a target in the last two: no gradient flows into it, or the ranker could meet its own embeddings half-way and read
-text worse. With `text_weight` the first two terms hold for the full text too, so that documents without an embedding are still read well.
+The last two move the encoder alone: the ranker is held still in both of its passes. Its own text pass is their target, and a ranker that
+may move towards what it says itself soon says the same of everything. With `text_weight` the first two terms hold for the full text too,
+so that documents without an embedding are still read well.
 
 Axes: B queries, L candidates, M documents, S embeddings per document, W width of the ranker, C labels and actions.
 """
@@ -111,6 +112,8 @@ class MixLMConfig(RankerConfig):
     """Factor of `align_weight` in the second phase."""
     text_weight: float = 0.0
     """Weight of L_SFT and L_distill on the full text, in both phases; costs a backward pass through it."""
+    text_every: int = 1
+    """Only each so-manieth query of a batch is read as text, for the alignment and by `text_weight`: text is what a step costs most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +122,10 @@ class MixLMConfig(RankerConfig):
         if self.summaries:
             raise ConfigError(
                 f"task.summaries is {self.summaries!r}: the encoder reads the text itself, leave it empty"
+            )
+        if self.text_every < 1:
+            raise ConfigError(
+                f"task.text_every is {self.text_every}: use 1 for all queries of a batch, 4 for a quarter of them"
             )
         if self.tokens < 1:
             raise ConfigError(f"task.tokens is {self.tokens}: use at least 1 embedding per document")
@@ -197,6 +204,12 @@ def knows_actions(checkpoint: str) -> bool:
 def scaled(terms: Mapping[str, Mean], weight: Any, prefix: str = "") -> dict[str, Mean]:
     """The terms times a weight, under longer names."""
     return {f"{prefix}{name}": (weight * total, n) for name, (total, n) in terms.items()}
+
+
+def held_still(module: Scorer) -> Scorer:
+    """The same module, into whose parameters no gradient flows."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.lax.stop_gradient(state))
 
 
 class MixLMTask(RankerTask):
@@ -404,19 +417,32 @@ class MixLMTask(RankerTask):
 
     def losses(self, model: Any, batch: Batch, shares: Shares) -> Losses:
         """The terms whose weight is not 0, each a mean over what has a target."""
-        config, prefix, decoder = self.config, batch["prefix"], model.ranker.decoder
-        hidden = answer_hidden(decoder, prefix.tokens, prefix.where, self.embedded(model, batch))
-        logits = read_labels(model.ranker, hidden)
-        terms = scaled(self._task_terms(logits, batch), shares.task)
+        config, mixed = self.config, self.embedded(model, batch)
+        terms = scaled(self._task_terms(self._answers(model.ranker, batch, mixed)[1], batch), shares.task)
         if config.aligns or config.text_weight:
-            full = answer_hidden(decoder, prefix.tokens, prefix.where, batch["items"])
-            full_logits = read_labels(model.ranker, full)
+            part = self._read_as_text({**batch, "mixed": mixed})
+            full, full_logits = self._answers(model.ranker, part, part["items"])
             if config.text_weight:
-                terms |= scaled(self._task_terms(full_logits, batch), config.text_weight, "text_")
+                terms |= scaled(self._task_terms(full_logits, part), config.text_weight, "text_")
             if config.aligns:
-                found = self._align_terms(hidden, logits, *jax.lax.stop_gradient((full, full_logits)), batch)
-                terms |= scaled(found, config.align_weight * shares.align)
+                found = self._answers(held_still(model.ranker), part, part["mixed"])
+                target = jax.lax.stop_gradient((full, full_logits))
+                terms |= scaled(self._align_terms(*found, *target, part), config.align_weight * shares.align)
         return Losses(terms)
+
+    def _read_as_text(self, batch: Batch) -> Batch:
+        """What belongs to each `text_every`-th query, documents left out."""
+        every = slice(None, None, self.config.text_every)
+        return {
+            name: jax.tree.map(lambda x: x[every], part) for name, part in batch.items() if name != "documents"
+        }
+
+    @staticmethod
+    def _answers(ranker: Scorer, batch: Batch, items: PackedItems) -> tuple[jax.Array, jax.Array]:
+        """Hidden states [B, L, W] of the answers, and what is read from them [B, L, C]."""
+        prefix: Prefix = batch["prefix"]
+        hidden = answer_hidden(ranker.decoder, prefix.tokens, prefix.where, items)
+        return hidden, read_labels(ranker, hidden)
 
     def _task_terms(self, logits: jax.Array, batch: Batch) -> dict[str, Mean]:
         """L_SFT and L_distill (logits [B, L, C])."""
