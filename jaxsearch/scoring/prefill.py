@@ -252,6 +252,8 @@ def read_labels(scorer: Scorer, hidden: jax.Array) -> jax.Array:
 
 
 _Arrays = TypeVar("_Arrays", Prefix, PackedItems)
+# Requests of MixLM are alike but for their numbers: planning 250 items takes longer than looking the plan up.
+_plan = functools.lru_cache(maxsize=16)(plan)
 
 
 class PrefillScorer:
@@ -506,16 +508,17 @@ class PrefillScorer:
         items: Sequence[Sequence[Item]],
         compiled: Sequence[Shape],
     ) -> list[Call]:
-        embeddings = list(map(count_embeddings, items))
-        return plan(
-            list(map(len, prefixes)),
-            [list(map(len, candidates)) for candidates in items],
+        embeddings = tuple(tuple(count_embeddings(candidates)) for candidates in items)
+        found = _plan(
+            tuple(map(len, prefixes)),
+            tuple(tuple(map(len, candidates)) for candidates in items),
             buckets=self.buckets,
             config=self.config,
-            compiled=compiled,
+            compiled=tuple(compiled),
             embeddings=embeddings if any(map(any, embeddings)) else None,
-            kept=[size for size in self.buckets.prefix if self.prefix_cache.keeps(size)],
+            kept=tuple(filter(self.prefix_cache.keeps, self.buckets.prefix)),
         )
+        return list(found)
 
     def score_lists(
         self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
