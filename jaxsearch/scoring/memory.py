@@ -57,12 +57,12 @@ def fit_memory(
     kept = cache.keeps(prefix)
     room = SHARE * (free_bytes() if limit is None else limit) - (cache.config.max_bytes - cache.bytes)
 
+    alone = program_bytes(prefill.compile(prefix_alone(prefix))) if kept else 0
+
     def needed(rows: int) -> int:
-        shape = Shape(1, prefix, rows, row_length, kept=kept)
-        if not kept:
-            return program_bytes(prefill.compile(shape))
-        reading = 2 * (prefix + rows * row_length) * cache.bytes_per_token
-        return reading + max(program_bytes(prefill.compile(one)) for one in (shape, prefix_alone(prefix)))
+        program = program_bytes(prefill.compile(Shape(1, prefix, rows, row_length, kept=kept)))
+        reading = 2 * (prefix + rows * row_length) * cache.bytes_per_token if kept else 0
+        return reading + max(program, alone)
 
     few, some = needed(1), needed(3)
     if few > room:
