@@ -109,9 +109,7 @@ def item_flops(
     total = 0.0
     for prefix, some in zip(prefixes, items, strict=True):
         one = flops(config, Workload(len(prefix), 0, 0), 0, prefixes=1)
-        total += one + sum(
-            flops(config, Workload(len(prefix), len(i), 1), 1, prefixes=1) - one for i in some
-        )
+        total += one + sum(flops(config, Workload(len(prefix), len(i), 1), 1, prefixes=1) - one for i in some)
     return total / sum(map(len, items))
 
 

@@ -102,6 +102,15 @@ def test_a_kept_prefix_is_not_computed_again():
     assert whole - behind > P * 2 * c.width * (2 * (c.heads + c.kv_heads) * c.head_dim + 3 * c.mlp_width)
 
 
+def test_prefixes_that_are_padded_alike_are_told_apart():
+    """Padding is token 0, which a prefix may also end with."""
+    prefill = keeping(4)
+    prefixes, items = [[1, 2, 3, 4], [1, 2, 3, 4, 0], [1, 2, 3, 4, 5], [0, 1, 2, 3, 4]], [[[7, 8], [9]]] * 4
+    for _ in range(2):
+        assert_plain(prefill, prefixes, items)
+    assert counts(prefill) == (4, 4)
+
+
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_what_is_kept_is_what_is_used(unrolled):
     """The parity above would hold for a scorer that keeps prefixes and never looks at them."""
