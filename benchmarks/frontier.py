@@ -108,10 +108,8 @@ def item_flops(
     """FLOPs per item of lists, prefixes computed once a list."""
     total = 0.0
     for prefix, some in zip(prefixes, items, strict=True):
-        one = flops(config, Workload(len(prefix), 0, 0), 0, shared=True)
-        total += one + sum(
-            flops(config, Workload(len(prefix), len(i), 1), 1, shared=True) - one for i in some
-        )
+        one = flops(config, Workload(len(prefix), 0, 0), 0, prefixes=1)
+        total += one + sum(flops(config, Workload(len(prefix), len(i), 1), 1, prefixes=1) - one for i in some)
     return total / sum(map(len, items))
 
 

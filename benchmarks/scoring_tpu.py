@@ -86,7 +86,7 @@ def compile_for(topology: str, c: DecoderConfig, w: Workload, backend: str) -> d
     program = jax.jit(run).lower(state, *arrays(w, c.width, sharding)).compile()
     memory = program.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    work, traffic = flops(c, w, w.items, shared=True), moved(c, w)
+    work, traffic = flops(c, w, w.items, prefixes=1), moved(c, w)
     compute, bandwidth = work / chip.flops, traffic / chip.hbm_bandwidth
     return {
         "flops": work,

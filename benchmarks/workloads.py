@@ -35,10 +35,10 @@ WORKLOADS = {
 }
 
 
-def flops(c: DecoderConfig, w: Workload, items: int, *, shared: bool) -> float:
-    """Linear layers and causal attention of a call, no padding; the prefix once, or once per item."""
+def flops(c: DecoderConfig, w: Workload, items: int, prefixes: int) -> float:
+    """Linear layers and causal attention of a call, no padding, that computes the prefix so many times."""
     linear = c.layers * (4 * c.width * (c.heads + c.kv_heads) * c.head_dim + 6 * c.width * c.mlp_width)
     pair = 4 * c.layers * c.heads * c.head_dim
     head = w.prefix * linear + pair * w.prefix * (w.prefix + 1) / 2
     item = w.tokens * linear + pair * (w.tokens * w.prefix + w.tokens * (w.tokens + 1) / 2)
-    return (head if shared else items * head) + items * item
+    return prefixes * head + items * item

@@ -247,8 +247,9 @@ class Cached:
 class OnePass:
     """A query's prefix and its packed items side by side: each layer reads its matrices once for both. For inference.
 
-    Tokens are [B, P + R x T], the prefix first. Prefix tokens attend as in `Causal`, items as in `PrefixPacked`; there is no
-    state. `segments` is None where each row holds one item from its first column on: order alone then says who sees whom, no
+    Tokens are [B, P + R x T], the prefix first. Prefix tokens attend as in `Causal`, items as in `PrefixPacked`; the new state is
+    None. Where the prefix's keys and values are given as the state, both [B, P, K, H] per layer, tokens are [B, R x T]: the items
+    alone. `segments` is None where each row holds one item from its first column on: order alone then says who sees whom, no
     mask is needed but for each block's own triangle, and padding behind an item mixes to anything finite.
     """
 
@@ -258,21 +259,21 @@ class OnePass:
     backend: str = "xla"
 
     def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-        width = self.prefix_where.shape[1]
-        prefix = k[:, :width], v[:, :width]
-        first = _in_order(q[:, None, :width], prefix[0][:, None], prefix[1][:, None])
+        prefix, width = _prefix(k, v, state, self.prefix_where)
+        first = [prefill(q[:, :width], *prefix, None)[0]] if width else []
         q, k, v = (_rows(x, width, self.rows) for x in (q, k, v))
         if self.segments is None:
             mixed = _in_order(q, k, v, prefix, self.prefix_where)
         else:
             mixed, _ = PrefixPacked(self.prefix_where, self.segments, self.backend)(q, k, v, prefix)
-        return jnp.concatenate([first[:, 0], mixed.reshape(q.shape[0], -1, *q.shape[3:])], axis=1), None
+        return jnp.concatenate([*first, mixed.reshape(q.shape[0], -1, *q.shape[3:])], axis=1), None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["prefix_where", "columns"], meta_fields=[])
 @dataclass(frozen=True)
 class LastOfRows:
-    """The last token of each row's one item, as in `OnePass`: q is [B, R, N, H], k and v are [B, P + R x T, K, H].
+    """The last token of each row's one item, as in `OnePass`: q is [B, R, N, H], k and v are [B, P + R x T, K, H], or
+    [B, R x T, K, H] behind a prefix that is given as the state.
 
     `columns` int [B, R] says where in its row each of these tokens stands.
     """
@@ -281,12 +282,27 @@ class LastOfRows:
     columns: Array
 
     def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-        width, rows = self.prefix_where.shape[1], q.shape[1]
-        prefix = k[:, :width], v[:, :width]
-        k, v = (_rows(x, width, rows) for x in (k, v))
+        prefix, width = _prefix(k, v, state, self.prefix_where)
+        k, v = (_rows(x, width, q.shape[1]) for x in (k, v))
         seen = jnp.arange(k.shape[2])[None, None] <= self.columns[..., None]
         mixed = _mix(q[:, :, None], [(k, v, seen[:, :, None])], prefix, self.prefix_where)
         return mixed[:, :, 0], None
+
+
+def prefill(q: Array, k: Array, v: Array, state: Any) -> tuple[Array, tuple[Array, Array]]:
+    """The attention of prefixes [B, P, ...], left-aligned, whose keys and values are kept: the new state. For inference.
+
+    As `Causal`, but padding, which no token sees from before it, mixes to anything finite.
+    """
+    return _in_order(q[:, None], k[:, None], v[:, None])[:, 0], (k, v)
+
+
+def _prefix(k: Array, v: Array, state: Any, where: Array) -> tuple[tuple[Array, Array], int]:
+    """Keys and values of the prefix [B, P, K, H], and how many of the tokens are its own: none where it is the state."""
+    if state is not None:
+        return state, 0
+    width = where.shape[1]
+    return (k[:, :width], v[:, :width]), width
 
 
 def _rows(x: Array, width: int, rows: int) -> Array:

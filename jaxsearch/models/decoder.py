@@ -348,13 +348,14 @@ def block_at(
     attention: Attention,
     tokens: Array,
     c: DecoderConfig,
+    state: Any = None,
 ) -> Array:
     """As `block`, for a few tokens alone: all tell their keys and values, these are asked (x [B, T, D], tokens int [B, J])."""
     y = rms_norm(x, w["attention_norm"], c.rms_eps).astype(c.dtype)
     k, v = _rotated(y, w, "k", angles, c), _projected(y, w, "v")
     rows = jnp.arange(x.shape[0])[:, None]
     q = _rotated(y[rows, tokens], w, "q", (angles[0][rows, tokens], angles[1][rows, tokens]), c)
-    mixed, _ = attention(q, k, v, None)
+    mixed, _ = attention(q, k, v, state)
     return _finish(x[rows, tokens], mixed, w, c)
 
 
@@ -495,7 +496,15 @@ class Decoder(nnx.Module):
         return (hidden, state, jnp.concatenate([inputs, x[None]])) if return_layers else (hidden, state)
 
     def hidden_at(
-        self, x: Array, positions: Array, attention: Attention, tokens: Array, last: Attention, *, below: int
+        self,
+        x: Array,
+        positions: Array,
+        attention: Attention,
+        tokens: Array,
+        last: Attention,
+        *,
+        below: int,
+        state: Any = None,
     ) -> Array:
         """Hidden states of a few tokens alone [B, J, D], after the final norm in the compute dtype; for inference.
 
@@ -504,29 +513,33 @@ class Decoder(nnx.Module):
         Args:
             x: embeddings [B, T, D].
             positions: int [B, T].
-            attention: of all layers but the last; it must not need a state.
+            attention: of all layers but the last.
             tokens: int [B, J], which tokens.
             last: the attention of the last layer, called with q [B, J, N, H] and the k and v of all tokens.
             below: larger than every position.
+            state: of the attentions, such as a prefix's keys and values: as in `__call__`.
         """
         c, weights = self.config, self.layers.arrays()
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, below=below)
 
-        def layer(x: Array, w: dict[str, Array]) -> Array:
-            return block(x, w, angles, attention, None, c)[0]
+        def layer(x: Array, own: tuple[dict[str, Any], Any]) -> Array:
+            return block(x, own[0], angles, attention, own[1], c)[0]
 
-        def slice_of(i: Any) -> dict[str, Any]:
-            return {name: jax.tree.map(lambda x: x[i], value) for name, value in weights.items()}
+        def slice_of(i: Any) -> tuple[dict[str, Any], Any]:
+            return jax.tree.map(lambda x: x[i], (weights, state))
 
         x = x.astype(c.dtype)
         if isinstance(weights["q"], tuple):  # see `unstack`
-            ws = [{name: value[i] for name, value in weights.items()} for i in range(c.layers)]
-            x, w = functools.reduce(layer, ws[:-1], x), ws[-1]
+            owns = [
+                ({name: value[i] for name, value in weights.items()}, None if state is None else state[i])
+                for i in range(c.layers)
+            ]
+            x, own = functools.reduce(layer, owns[:-1], x), owns[-1]
         else:
             # By number: a slice of all layers but one would copy them.
             x, _ = jax.lax.scan(lambda x, i: (layer(x, slice_of(i)), None), x, jnp.arange(c.layers - 1))
-            w = slice_of(-1)
-        x = block_at(x, w, angles, last, tokens, c)
+            own = slice_of(-1)
+        x = block_at(x, own[0], angles, last, tokens, c, own[1])
         return rms_norm(x, self.final_norm[...], c.rms_eps).astype(c.dtype)
 
     def _output(self) -> Array:

@@ -36,6 +36,8 @@ class Shape(NamedTuple):
     """Per query; 0: token items only."""
     shared: bool = True
     """Whether several items may share a row."""
+    kept: bool = False
+    """Whether the prefix's keys and values are given, and only the items computed; with no rows: the prefix, computed to be kept."""
 
 
 def steps(low: int, high: int) -> tuple[int, ...]:
@@ -107,6 +109,8 @@ class Buckets:
 
     def __contains__(self, shape: Shape) -> bool:
         """Whether a shape can ever be compiled."""
+        if shape.kept and not shape.rows:
+            return shape.prefix in self.prefix and shape == prefix_alone(shape.prefix)
         return (
             shape.prefix in self.prefix
             and shape.rows in self.rows
@@ -205,6 +209,12 @@ class Cost:
     config: DecoderConfig
     tokens: int
     """`Buckets.tokens`."""
+    kept: bool = False
+    """Whether prefixes are computed already: a call then only reads their keys and values."""
+
+    def prefix(self, length: int) -> float:
+        """A prefix of so many tokens."""
+        return 0.0 if self.kept else length * self.token(length)
 
     def token(self, keys: int) -> float:
         """One token that is compared with so many keys."""
@@ -215,9 +225,12 @@ class Cost:
 
     def query(self, shape: Shape) -> float:
         """One query of a call: its prefix, its rows, and its share of what any call costs (about 1 ms)."""
-        prefix = shape.prefix * self.token(shape.prefix)
         rows = shape.rows * shape.row_length * self.token(shape.prefix + shape.row_length)
-        return prefix + rows + 3e8 * min(1, (shape.prefix + shape.rows * shape.row_length) / self.tokens)
+        return (
+            self.prefix(shape.prefix)
+            + rows
+            + 3e8 * min(1, (shape.prefix + shape.rows * shape.row_length) / self.tokens)
+        )
 
 
 def plan(
@@ -228,6 +241,7 @@ def plan(
     config: DecoderConfig,
     compiled: Collection[Shape] = (),
     embeddings: Sequence[Lengths] | None = None,
+    kept: Collection[int] = (),
 ) -> list[Call]:
     """The calls that score these queries at the least cost, compilation included.
 
@@ -238,18 +252,45 @@ def plan(
         config: of the decoder.
         compiled: shapes that cost nothing more to compile.
         embeddings: how many of each item's tokens are embeddings; default: none.
+        kept: sizes of `buckets.prefix` for which the prefix's keys and values are given. Calls whose prefixes have one of
+            these sizes hold no other size: what is kept is never padded again.
 
     Raises:
         ValueError: a length is 0 or beyond the largest bucket; the message names query and item.
     """
     for query, (prefix, lengths) in enumerate(zip(prefixes, items, strict=True)):
-        _check_length(f"query {query}: its prefix", prefix, buckets.prefix[-1])
+        check_length(f"query {query}: its prefix", prefix, buckets.prefix[-1])
         for item, length in enumerate(lengths):
-            _check_length(f"query {query}, item {item}", length, buckets.row_length[-1])
-    busy = [query for query, lengths in enumerate(items) if lengths]
-    if not busy:
-        return []
-    cost = Cost(config, buckets.tokens)
+            check_length(f"query {query}, item {item}", length, buckets.row_length[-1])
+    groups: dict[int, list[int]] = defaultdict(list)
+    for query, lengths in enumerate(items):
+        if lengths:
+            size = round_up(prefixes[query], buckets.prefix)
+            groups[size if size in kept else 0].append(query)
+    calls = []
+    for size, busy in groups.items():
+        cost = Cost(config, buckets.tokens, size > 0)
+        alike = replace(buckets, prefix=(size,)) if size else buckets
+        known = {
+            shape._replace(kept=False)
+            for shape in compiled
+            if shape.rows and shape.kept == cost.kept and size in (0, shape.prefix)
+        }
+        found = _plan_alike(busy, prefixes, items, alike, cost, known, embeddings)
+        calls += [call._replace(shape=call.shape._replace(kept=cost.kept)) for call in found]
+    return calls
+
+
+def _plan_alike(
+    busy: list[int],
+    prefixes: Lengths,
+    items: Sequence[Lengths],
+    buckets: Buckets,
+    cost: Cost,
+    compiled: Collection[Shape],
+    embeddings: Sequence[Lengths] | None,
+) -> list[Call]:
+    """The calls for some of the queries, whose prefixes are all kept or all computed."""
     sample = busy[:: math.ceil(len(busy) / _SAMPLE)]
     row_length, rows = _choose(
         [prefixes[query] for query in sample],
@@ -286,17 +327,17 @@ def _choose(
     Looks at a sample of queries; `factor` is how many there are for each of the sample.
     """
     known = {shape._replace(queries=1) for shape in compiled}
-    tokens, heads = sum(map(sum, items)), sum(prefix * cost.token(prefix) for prefix in prefixes)
+    tokens, heads = sum(map(sum, items)), sum(map(cost.prefix, prefixes))
     best: tuple[float, int | None, int] = (math.inf, None, 1)
     for row_length in (None, *buckets.row_length):
         if row_length and factor * (heads + tokens * cost.token(min(prefixes) + row_length)) >= best[0]:
             break  # not even without padding, and in longer rows a token meets more keys
         placed = [_place(lengths, row_length, buckets) for lengths in items]
-        longest = _round_up(min(max(len(p.longest) for p in placed), buckets.rows[-1]), buckets.rows)
+        longest = round_up(min(max(len(p.longest) for p in placed), buckets.rows[-1]), buckets.rows)
         for most in (rows for rows in buckets.rows if rows <= longest):
             counts: dict[Shape, int] = defaultdict(int)
             for prefix, placement in zip(prefixes, placed, strict=True):
-                for shape in placement.shapes(_round_up(prefix, buckets.prefix), most, buckets):
+                for shape in placement.shapes(round_up(prefix, buckets.prefix), most, buckets):
                     counts[shape] += 1
             one = functools.reduce(join, counts)
             for shapes in (counts, {one: sum(counts.values())}):
@@ -331,8 +372,8 @@ class _Placement(NamedTuple):
             Shape(
                 1,
                 prefix,
-                _round_up(end - start, buckets.rows),
-                _round_up(int(self.longest[end - 1]), buckets.row_length),
+                round_up(end - start, buckets.rows),
+                round_up(int(self.longest[end - 1]), buckets.row_length),
                 buckets.table(int(self.embeddings[start:end].sum())),
                 self.shared,
             )
@@ -349,7 +390,7 @@ def _place(
         order = np.argsort(sizes, kind="stable")
         rows, columns, longest = np.arange(len(sizes)), np.zeros_like(sizes), sizes[order]
     else:
-        row_length = max(row_length, _round_up(max(lengths), buckets.row_length))
+        row_length = max(row_length, round_up(max(lengths), buckets.row_length))
         found, starts = assign_rows(sizes, row_length, most=buckets.per_row(row_length))
         order = np.argsort(found, kind="stable")
         rows, columns = found[order], starts[order]
@@ -363,7 +404,7 @@ def _place(
 def _units(query: int, prefix: int, placement: _Placement, most: int, buckets: Buckets) -> list[Unit]:
     """A query's items, placed and cut into calls of at most so many rows."""
     units = []
-    for call, shape in enumerate(placement.shapes(_round_up(prefix, buckets.prefix), most, buckets)):
+    for call, shape in enumerate(placement.shapes(round_up(prefix, buckets.prefix), most, buckets)):
         inside = placement.rows // most == call
         rows = placement.rows[inside] - call * most
         units.append(Unit(query, placement.order[inside], rows, placement.columns[inside], shape))
@@ -418,15 +459,22 @@ def _queries(shape: Shape, count: int, buckets: Buckets, cost: Cost, compiled: C
 
 def join(one: Shape, two: Shape) -> Shape:
     """The smallest shape that holds what either holds."""
-    queries, prefix, rows, row_length, embeddings = map(max, one[:-1], two[:-1])
-    return Shape(queries, prefix, rows, row_length, embeddings, one.shared or two.shared)
+    queries, prefix, rows, row_length, embeddings = map(max, one[:5], two[:5])
+    return Shape(
+        queries, prefix, rows, row_length, embeddings, one.shared or two.shared, one.kept or two.kept
+    )
 
 
-def _round_up(size: int, sizes: tuple[int, ...]) -> int:
+def prefix_alone(length: int) -> Shape:
+    """The shape of the call that computes one prefix to be kept."""
+    return Shape(1, length, 0, 0, kept=True)
+
+
+def round_up(size: int, sizes: tuple[int, ...]) -> int:
     """The smallest of the ascending sizes that is large enough."""
     return sizes[bisect.bisect_left(sizes, size)]
 
 
-def _check_length(what: str, length: int, limit: int) -> None:
+def check_length(what: str, length: int, limit: int) -> None:
     if not 1 <= length <= limit:
         raise ValueError(f"{what} has {length} tokens: give 1 to {limit}, the largest of the Buckets")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 
 from jaxsearch.errors import InputError
-from jaxsearch.scoring.buckets import Shape, steps
+from jaxsearch.scoring.buckets import Shape, prefix_alone, steps
 from jaxsearch.scoring.prefill import PrefillScorer
 
 SHARE = 0.9
@@ -39,8 +39,9 @@ def fit_memory(
     """Let calls be as large as the device allows, and return `Buckets.tokens`, the number of tokens in one.
 
     Two small programs give the memory per row; the number of rows that follows is compiled and taken if it fits in
-    `SHARE` of the limit, else the next smaller one is tried. Call it before `warm_up`. On a CPU memory is not what
-    bounds a call: small ones stay in its cache, and the default is faster.
+    `SHARE` of the limit, else the next smaller one is tried. Kept prefixes (`PrefixCacheConfig.max_bytes`) take their memory
+    first, with two calls' worth of those that lose their place while calls still read them. Call it before `warm_up`. On a
+    CPU memory is not what bounds a call: small ones stay in its cache, and the default is faster.
 
     Args:
         prefill: whose weights and buckets; its buckets change.
@@ -52,16 +53,22 @@ def fit_memory(
     Raises:
         InputError: not even one row fits.
     """
-    room = SHARE * (free_bytes() if limit is None else limit)
+    cache = prefill.prefix_cache
+    kept = cache.keeps(prefix)
+    room = SHARE * (free_bytes() if limit is None else limit) - (cache.config.max_bytes - cache.bytes)
+
+    alone = program_bytes(prefill.compile(prefix_alone(prefix))) if kept else 0
 
     def needed(rows: int) -> int:
-        return program_bytes(prefill.compile(Shape(1, prefix, rows, row_length)))
+        program = program_bytes(prefill.compile(Shape(1, prefix, rows, row_length, kept=kept)))
+        reading = 2 * (prefix + rows * row_length) * cache.bytes_per_token if kept else 0
+        return reading + max(program, alone)
 
     few, some = needed(1), needed(3)
     if few > room:
         raise InputError(
             f"one row of {row_length} tokens behind a prefix of {prefix} needs {few} bytes, there are {int(room)}: "
-            "use a smaller model, bf16, int8 weights, or more devices"
+            "use a smaller model, bf16, int8 weights, fewer bytes for kept prefixes, or more devices"
         )
     per_row = max(1, (some - few) // 2)
     bound = max(1, min(int((room - few) // per_row) + 1, (most - prefix) // row_length))

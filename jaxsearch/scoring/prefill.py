@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,21 +24,37 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import DTypeLike, NDArray
 
 from jaxsearch.errors import InputError
-from jaxsearch.models.attention import Causal, LastOfRows, OnePass, PrefixPacked, check_backend
+from jaxsearch.models.attention import Causal, LastOfRows, OnePass, PrefixPacked, check_backend, prefill
 from jaxsearch.models.decoder import Decoder, DecoderConfig, unstack
 from jaxsearch.models.int8 import int8_weights
 from jaxsearch.numerics import wide
-from jaxsearch.scoring.buckets import Buckets, Call, Shape, Unit, join, plan, steps
+from jaxsearch.scoring.buckets import (
+    Buckets,
+    Call,
+    Shape,
+    Unit,
+    check_length,
+    join,
+    plan,
+    prefix_alone,
+    round_up,
+    steps,
+)
 from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
+from jaxsearch.scoring.prefix_cache import PrefixCache, PrefixCacheConfig
 from jaxsearch.training.sharding import parameter_shardings, replicated
 
 __all__ = [
     "Buckets",
     "PrefillScorer",
     "Prefix",
+    "PrefixCacheConfig",
     "Scorer",
     "answer_hidden",
+    "answer_hidden_at_once",
+    "answer_hidden_behind",
     "pad_prefixes",
+    "prefix_state",
     "read_labels",
     "score",
     "score_at_once",
@@ -142,26 +159,64 @@ def answer_hidden_at_once(
             alone, and no segment is compared with another.
         backend: of the items' attention.
     """
-    where, last = jnp.asarray(prefix.where), jnp.asarray(items.last)
+    return _answers(decoder, prefix.where, items, prefix.tokens, None, alone, backend)
+
+
+def answer_hidden_behind(
+    decoder: Decoder, state: Any, where: Array, items: PackedItems, *, alone: bool, backend: str = "xla"
+) -> jax.Array:
+    """As `answer_hidden_at_once`, behind prefixes that are computed already: only the items pass through the layers.
+
+    Args:
+        decoder: the decoder.
+        state: of the prefixes, from `prefix_state`.
+        where: bool [B, P], the prefix tokens that exist, left-aligned.
+        items: of B queries.
+        alone: as in `answer_hidden_at_once`.
+        backend: of the items' attention.
+    """
+    return _answers(decoder, where, items, None, state, alone, backend)
+
+
+def _answers(
+    decoder: Decoder,
+    where: Array,
+    items: PackedItems,
+    prefix_tokens: Array | None,
+    state: Any,
+    alone: bool,
+    backend: str,
+) -> jax.Array:
+    """Prefixes by their tokens int [B, P] or by their state, and items, to hidden states [B, L, D]."""
+    where, last = jnp.asarray(where), jnp.asarray(items.last)
     queries, width = where.shape
     rows, length = items.tokens.shape[1:]
-    own = embed_items(decoder, items)
-    x = jnp.concatenate(
-        [decoder.embed(jnp.asarray(prefix.tokens)), own.reshape(queries, rows * length, -1)], axis=1
-    )
-    places = (jnp.sum(where, axis=1)[:, None, None] + items.offsets).reshape(queries, -1)
-    positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(width)[None], where.shape), places], axis=1)
-    tokens, below = width + last[..., 0] * length + last[..., 1], width + length
+    x = embed_items(decoder, items).reshape(queries, rows * length, -1)
+    positions = (jnp.sum(where, axis=1)[:, None, None] + items.offsets).reshape(queries, -1)
+    tokens, below = last[..., 0] * length + last[..., 1], width + length
+    if prefix_tokens is not None:
+        x = jnp.concatenate([decoder.embed(jnp.asarray(prefix_tokens)), x], axis=1)
+        ahead = jnp.broadcast_to(jnp.arange(width)[None], where.shape)
+        positions, tokens = jnp.concatenate([ahead, positions], axis=1), tokens + width
     segments = None if alone and backend == "xla" else jnp.asarray(items.segments)
     together = OnePass(where, segments, rows, backend)
     if alone:
-        hidden = decoder.hidden_at(
-            x, positions, together, tokens, LastOfRows(where, last[..., 1]), below=below
-        )
+        answers = LastOfRows(where, last[..., 1])
+        hidden = decoder.hidden_at(x, positions, together, tokens, answers, below=below, state=state)
     else:
-        hidden, _ = decoder(x, positions, together, below=below)
+        hidden, _ = decoder(x, positions, together, state, below=below)
         hidden = hidden[jnp.arange(queries)[:, None], tokens]
     return jnp.where(jnp.asarray(items.where)[..., None], hidden, 0)
+
+
+def prefix_state(decoder: Decoder, tokens: Array) -> Any:
+    """Keys and values [layers, B, P, K, H] of prefixes int [B, P], left-aligned, in the compute dtype; for inference.
+
+    Where the parameters are unstacked, a tuple over layers of [B, P, K, H].
+    """
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    return decoder(decoder.embed(tokens), positions, prefill, below=tokens.shape[1])[1]
 
 
 def embed_items(decoder: Decoder, items: PackedItems) -> jax.Array:
@@ -197,13 +252,16 @@ def read_labels(scorer: Scorer, hidden: jax.Array) -> jax.Array:
 
 
 _Arrays = TypeVar("_Arrays", Prefix, PackedItems)
+# Requests of MixLM are alike but for their numbers: planning 250 items takes longer than looking the plan up.
+_plan = functools.lru_cache(maxsize=16)(plan)
 
 
 class PrefillScorer:
     """Scores lists of any lengths through a closed set of compiled shapes.
 
     Items go one per row, or several per row where that costs the model less; more candidates than fit are
-    split; several queries share a call (`jaxsearch.scoring.buckets.plan`). Scores depend on none of it.
+    split; several queries share a call (`jaxsearch.scoring.buckets.plan`). Scores depend on none of it, nor on whether a
+    prefix was kept from an earlier call (`PrefixCacheConfig`).
     """
 
     def __init__(
@@ -215,6 +273,7 @@ class PrefillScorer:
         mesh: Mesh | None = None,
         unrolled: bool = False,
         int8: bool = False,
+        prefix_cache: PrefixCacheConfig | None = None,
     ):
         """Hold the scorer's weights as they are now; `update` brings later ones.
 
@@ -228,6 +287,7 @@ class PrefillScorer:
             unrolled: compile each layer on its own: faster calls on a CPU, slower compilation (see
                 `jaxsearch.models.decoder.unstack`).
             int8: hold the layers' matrices in eight bits (see `jaxsearch.models.int8`); needs the package qwix.
+            prefix_cache: which prefixes are kept from call to call, and how many; not with a mesh. Default: none.
 
         Raises:
             InputError: the backend is unknown, or cannot be split over a mesh.
@@ -235,13 +295,18 @@ class PrefillScorer:
         check_backend(backend)
         if mesh is not None and backend != "xla":
             raise InputError(f"backend {backend!r} runs on one device: use 'xla' with a mesh")
-        for name, value in (("unrolled", unrolled), ("int8", int8)):
+        cache_config = PrefixCacheConfig() if prefix_cache is None else prefix_cache
+        # Prefixes kept on a mesh would need their keys and values split as each shape splits its queries or rows.
+        for name, value in (("unrolled", unrolled), ("int8", int8), ("prefix_cache", cache_config.max_bytes)):
             if mesh is not None and value:
-                raise InputError(f"{name} is True with a mesh: this runs on one device")
+                raise InputError(f"{name} is {value} with a mesh: this runs on one device")
         self.buckets = Buckets() if buckets is None else buckets
         self.config: DecoderConfig = scorer.decoder.config
         self.backend, self.usage, self._mesh = backend, Usage(), mesh
+        self.prefix_cache = PrefixCache(cache_config, self.config)
         self._unrolled, self._int8 = unrolled, int8
+        # Held while prefixes are looked up and used: `update` must not come between the weights and what they made.
+        self._lock = threading.Lock()
         self._graphdef, state = nnx.split(scorer)
         self._signature = _signature(state)
         self._state = self._place(_snapshot(state))
@@ -261,21 +326,39 @@ class PrefillScorer:
         return state
 
     def program(self, shape: Shape) -> jax.stages.Compiled:
-        """The compiled call of a shape: weights, one int32 buffer and one of embeddings in, logits [B, L, C] out."""
+        """The compiled call of a shape: weights, one int32 buffer and one of embeddings in, logits [B, L, C] out.
+
+        Behind kept prefixes the states of B prefixes are a further argument; the prefix alone takes weights and a buffer,
+        and gives its state.
+        """
         if shape not in self._programs:
             self._programs[shape] = self.compile(shape)
         return self._programs[shape]
 
     def compile(self, shape: Shape) -> jax.stages.Compiled:
         """As `program`, but neither kept nor counted."""
+        if shape.kept and not shape.rows:
+            tokens = jax.ShapeDtypeStruct((shape.queries, shape.prefix), np.int32)
+            return jax.jit(self._prefix_state).lower(self._state, tokens).compile()
         layout = _layout(shape, self.buckets.slots(shape))
 
-        def run(state: nnx.State, buffer: jax.Array, table: jax.Array | None) -> jax.Array:
+        def run(state: nnx.State, buffer: jax.Array, table: jax.Array | None, *kept: Any) -> jax.Array:
             prefix, items = _unflatten(buffer, layout)
             if table is not None:
                 items = items._replace(embeddings=table)
             prefix, items = self._split(prefix), self._split(items)
             scorer = nnx.merge(self._graphdef, state)
+            if kept:
+                prefixes = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-4), *kept)
+                hidden = answer_hidden_behind(
+                    scorer.decoder,
+                    prefixes,
+                    prefix.where,
+                    items,
+                    alone=not shape.shared,
+                    backend=self.backend,
+                )
+                return read_labels(scorer, hidden)
             if self._mesh is not None:
                 return score(scorer, prefix.tokens, prefix.where, items, backend=self.backend)
             return score_at_once(scorer, prefix, items, alone=not shape.shared, backend=self.backend)
@@ -286,8 +369,15 @@ class PrefillScorer:
         buffer = spec((sum(math.prod(size) for _, size in layout),), np.int32)
         table = (shape.queries, shape.embeddings, self.config.width)
         embeddings = spec(table, self.config.dtype) if shape.embeddings else None
+        kept = []
+        if shape.kept:
+            tokens = jax.ShapeDtypeStruct((1, shape.prefix), np.int32)
+            kept = [jax.eval_shape(self._prefix_state, self._state, tokens)] * shape.queries
         jitted = jax.jit(run, out_shardings=self._everywhere())
-        return jitted.lower(self._state, buffer, embeddings).compile()
+        return jitted.lower(self._state, buffer, embeddings, *kept).compile()
+
+    def _prefix_state(self, state: nnx.State, tokens: jax.Array) -> Any:
+        return prefix_state(nnx.merge(self._graphdef, state).decoder, tokens)
 
     def _everywhere(self) -> NamedSharding | None:
         return None if self._mesh is None else replicated(self._mesh)
@@ -316,7 +406,8 @@ class PrefillScorer:
         """Compile what lists like these need, and nothing else from then on: before the first request.
 
         The shapes are those of each list alone and of all together, and one that holds the longest prefix with the
-        most rows of the longest items. Whatever is longer is refused from then on.
+        most rows of the longest items; of prefixes that are kept, one for each length that they are padded to, and one
+        that computes them. Whatever is longer is refused from then on.
 
         Args:
             prefixes: as in `score_lists`.
@@ -333,14 +424,20 @@ class PrefillScorer:
             raise InputError("there is nothing to warm up with: give at least one list with an item")
         shapes = list(dict.fromkeys(call.shape for call in calls))
         largest = functools.reduce(join, shapes)._replace(queries=1, embeddings=0)
-        wanted = [largest] if not all(shape.embeddings for shape in shapes) else []
+        sizes = sorted({shape.prefix for shape in shapes if shape.kept})
+        ends = [largest._replace(prefix=size, kept=True) for size in sizes]
+        if plain := [shape.prefix for shape in shapes if not shape.kept]:
+            ends.append(largest._replace(prefix=max(plain), kept=False))
+        wanted = list(map(prefix_alone, sizes))
+        if not all(shape.embeddings for shape in shapes):
+            wanted += ends
         if any(shape.embeddings for shape in shapes):
             room = self.buckets.table(largest.rows * largest.row_length)
-            wanted.append(largest._replace(embeddings=room))
+            wanted += [end._replace(embeddings=room) for end in ends]
         shapes = list(dict.fromkeys([*shapes, *wanted]))
         for shape in shapes:
             self.program(shape)
-        self.buckets = self.buckets.only(shapes)
+        self.buckets = self.buckets.only([shape for shape in shapes if shape.rows])
         self._settled = tuple(shapes)
         return self.compiled_shapes
 
@@ -350,7 +447,7 @@ class PrefillScorer:
         return tuple(self._programs)
 
     def update(self, scorer: Scorer) -> None:
-        """Take over the weights of a scorer of the same architecture, such as a later step's; no compilation.
+        """Take over the weights of a scorer of the same architecture, such as a later step's; no compilation. Kept prefixes go.
 
         Raises:
             ValueError: parameters differ in name, shape or dtype.
@@ -360,7 +457,38 @@ class PrefillScorer:
             raise ValueError(
                 "scorer has other parameters than the one compiled for: build a new PrefillScorer"
             )
-        self._state = self._place(state)
+        placed = self._place(state)
+        with self._lock:
+            self._state = placed
+            self.prefix_cache.clear()
+
+    def prefill_prefix(self, tokens: Sequence[int]) -> None:
+        """Compute and keep a prefix ahead of its items, such as while their candidates are still being searched for.
+
+        Returns at once, while the device works. Nothing happens where the prefix is kept already, or is not to be kept (see
+        `PrefixCacheConfig`). Any thread may call it.
+
+        Args:
+            tokens: token ids of the prefix, as in `score_lists`.
+
+        Raises:
+            ValueError: the prefix is empty or longer than the largest bucket, or a token id lies outside the vocabulary.
+        """
+        check_length("the prefix", len(tokens), self.buckets.prefix[-1])
+        length = round_up(len(tokens), self.buckets.prefix)
+        if self.prefix_cache.keeps(length):
+            with self._lock:
+                if self.prefix_cache.get(tokens, length) is None:
+                    self._keep(tokens, length)
+
+    def _keep(self, tokens: Sequence[int], length: int) -> Any:
+        """Compute and keep a prefix, padded to `length`; its state."""
+        padded = pad_prefixes([tokens], length=length).tokens
+        self._check_tokens(padded, ["the prefix"])
+        state = self.program(prefix_alone(length))(self._state, jax.device_put(padded))
+        self.prefix_cache.put(tokens, length, state)
+        self.usage.add_prefix(len(tokens), length)
+        return state
 
     def settle(self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]) -> None:
         """Choose the shapes for lists like these, and from now on plan as if exactly these were compiled.
@@ -380,15 +508,17 @@ class PrefillScorer:
         items: Sequence[Sequence[Item]],
         compiled: Sequence[Shape],
     ) -> list[Call]:
-        embeddings = list(map(count_embeddings, items))
-        return plan(
-            list(map(len, prefixes)),
-            [list(map(len, candidates)) for candidates in items],
+        embeddings = tuple(tuple(count_embeddings(candidates)) for candidates in items)
+        found = _plan(
+            tuple(map(len, prefixes)),
+            tuple(tuple(map(len, candidates)) for candidates in items),
             buckets=self.buckets,
             config=self.config,
-            compiled=compiled,
+            compiled=tuple(compiled),
             embeddings=embeddings if any(map(any, embeddings)) else None,
+            kept=tuple(filter(self.prefix_cache.keeps, self.buckets.prefix)),
         )
+        return list(found)
 
     def score_lists(
         self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
@@ -421,13 +551,37 @@ class PrefillScorer:
         for call in calls:
             program = self.program(call.shape)
             buffers = jax.device_put(self._buffers(call, prefixes, items), self._everywhere())
-            running.append((call.units, program(self._state, *buffers)))
+            with self._lock:
+                states = self._states(call, prefixes) if call.shape.kept else []
+                running.append((call.units, program(self._state, *buffers, *states)))
             if len(running) > 1:  # one call runs while the next is packed
                 _collect(*running.popleft(), found)
         for units, logits in running:
             _collect(units, logits, found)
         self.usage.add(prefixes, items, calls)
         return found
+
+    def _states(self, call: Call, prefixes: Sequence[Sequence[int]]) -> list[Any]:
+        """The state of each query's prefix in a call behind kept prefixes, computed where it is not kept yet."""
+        found: dict[int, Any] = {}
+        for query in dict.fromkeys(unit.query for unit in call.units):
+            state = self.prefix_cache.get(prefixes[query], call.shape.prefix)
+            self.usage.prefix_hits += state is not None
+            self.usage.prefix_misses += state is None
+            if state is None:
+                state = self._keep(prefixes[query], call.shape.prefix)
+            found[query] = state
+        states = [found[unit.query] for unit in call.units]
+        return states + states[:1] * (call.shape.queries - len(states))
+
+    def _check_tokens(self, tokens: Array, names: Sequence[str]) -> None:
+        """Token ids int [B, ...] of the queries so named lie in the vocabulary."""
+        bad = np.argwhere((tokens < 0) | (tokens >= self.config.vocab_size))
+        if bad.size:
+            raise ValueError(
+                f"{names[bad[0][0]]} has token id {tokens[tuple(bad[0])]}: "
+                f"the vocabulary ends at {self.config.vocab_size - 1}"
+            )
 
     def _check_widths(self, items: Sequence[Sequence[Item]]) -> None:
         for query, candidates in enumerate(items):
@@ -458,13 +612,9 @@ class PrefillScorer:
         prefix = pad_prefixes(
             [prefixes[unit.query] for unit in units], length=shape.prefix, queries=shape.queries
         )
+        names = [f"query {unit.query}" for unit in units]
         for tokens in (prefix.tokens, packed.tokens):
-            bad = np.argwhere((tokens < 0) | (tokens >= self.config.vocab_size))
-            if bad.size:
-                raise ValueError(
-                    f"query {units[bad[0][0]].query} has token id {tokens[tuple(bad[0])]}: "
-                    f"the vocabulary ends at {self.config.vocab_size - 1}"
-                )
+            self._check_tokens(tokens, names)
         named = prefix._asdict() | {f"items.{name}": x for name, x in packed._asdict().items()}
         parts = [named[name].reshape(-1) for name, _ in _layout(shape, self.buckets.slots(shape))]
         table = None if packed.embeddings is None else np.asarray(packed.embeddings)
@@ -477,19 +627,31 @@ class Usage:
 
     calls: int = 0
     tokens: int = 0
-    """Tokens of prefixes, each once, and of items."""
+    """Tokens of prefixes, each once, and of items. Of prefixes that are kept, once each time that they are computed."""
     computed: int = 0
     """With padding, and with prefixes that were computed again because their items did not fit one call."""
+    prefix_hits: int = 0
+    """How often a call found a prefix among those kept."""
+    prefix_misses: int = 0
+    """How often it had to be computed then, of those long enough to be kept."""
 
     def add(
         self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]], calls: Sequence[Call]
     ) -> None:
         """Count one request."""
         self.calls += len(calls)
-        for prefix, candidates in zip(prefixes, items, strict=True):
-            self.tokens += (len(prefix) + sum(map(len, candidates))) if candidates else 0
+        kept = {unit.query for shape, units in calls if shape.kept for unit in units}
+        for query, (prefix, candidates) in enumerate(zip(prefixes, items, strict=True)):
+            own = len(prefix) if query not in kept else 0
+            self.tokens += (own + sum(map(len, candidates))) if candidates else 0
         for shape, _ in calls:
-            self.computed += shape.queries * (shape.prefix + shape.rows * shape.row_length)
+            head = 0 if shape.kept else shape.prefix
+            self.computed += shape.queries * (head + shape.rows * shape.row_length)
+
+    def add_prefix(self, tokens: int, computed: int) -> None:
+        """Count a prefix that was computed to be kept."""
+        self.tokens += tokens
+        self.computed += computed
 
     @property
     def padding(self) -> float:

@@ -17,7 +17,7 @@ from jaxsearch.data.records import Document, Query
 from jaxsearch.data.tokenizer import Tokenizer
 from jaxsearch.models.scorer import BiEncoder, Scorer
 from jaxsearch.scoring.packing import Item
-from jaxsearch.scoring.prefill import Buckets, PrefillScorer, steps
+from jaxsearch.scoring.prefill import Buckets, PrefillScorer, PrefixCacheConfig, steps
 
 JUDGE_LABELS = ("0", "1", "2", "3", "4")
 RANKER_LABELS = ("Yes", "No")
@@ -39,6 +39,7 @@ class RecordScorer:
       prompt: its template.
       documents: the corpus; their tokens are made once.
       buckets: as in `PrefillScorer`.
+      prefix_cache: as in `PrefillScorer`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RecordScorer:
         documents: Sequence[Document],
         *,
         buckets: Buckets | None = None,
+        prefix_cache: PrefixCacheConfig | None = None,
     ):
         self.room = PromptRoom(tokenizer, prompt)
         self.documents = documents
@@ -57,7 +59,7 @@ class RecordScorer:
         """int [M], tokens cut off each document's end."""
         self._document_tokens = [part.ids for part in parts]
         self._prefixes: OrderedDict[tuple, list[int]] = OrderedDict()
-        self.prefill = PrefillScorer(scorer, buckets=buckets)
+        self.prefill = PrefillScorer(scorer, buckets=buckets, prefix_cache=prefix_cache)
 
     def items(
         self, query: Query, rows: np.ndarray, positions: Sequence[int] | None = None
