@@ -113,8 +113,8 @@ class Bench:
 
     @cached_property
     def scores(self) -> str:
-        """The teacher's store: the funnel's ranker on the training pairs."""
-        return self.demo.label("ranker_scores", self.stage("ranker"), self.data, per_query=16)
+        """The teacher's store: the funnel's ranker on the training pairs and on what the first stages find."""
+        return self.demo.label("ranker_scores", self.stage("ranker"), self.data, 0, self.stage("retriever"))
 
     def train(self, arm: str, seed: int) -> tuple[Model, Model]:
         """Ranker and encoder of an arm."""

@@ -41,6 +41,8 @@ class StoreMeta:
     """Pairs scored of each query (0: all)."""
     shard: int = 256
     """Queries per file."""
+    source: str = ""
+    """Where the pairs come from, if they are not the data set's own."""
 
     @property
     def shards(self) -> int:

@@ -5,6 +5,7 @@ processes share the files between them.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,14 @@ def chosen_pairs(pairs: Pairs, limit: int) -> np.ndarray:
 
 
 def label(
-    model: Model, data: Dataset, folder: str | Path, *, per_query: int = 0, shard: int = 256
+    model: Model,
+    data: Dataset,
+    folder: str | Path,
+    *,
+    per_query: int = 0,
+    shard: int = 256,
+    pairs: Sequence[Pairs] = (),
+    source: str = "",
 ) -> LabelReport:
     """Score training pairs into the store at `folder`.
 
@@ -48,6 +56,8 @@ def label(
       data: whose pairs.
       per_query: pairs of each query; 0 for all.
       shard: queries per file.
+      pairs: score these instead, of training queries of `data`.
+      source: where they come from, so that a store is not resumed with other ones.
 
     Raises:
       InputError: a number is out of range.
@@ -60,19 +70,21 @@ def label(
     contract = model.contract
     if not isinstance(model.module, Scorer) or not contract.labels:
         raise ContractError(f"a {contract.kind} gives no scores per pair: label with a judge or ranker")
+    pairs = pairs or data.pairs
     meta = StoreMeta(
         model=model.hash,
         kind=contract.kind,
         dataset=data.name,
         fingerprint=data.fingerprint,
         columns=(*contract.labels, *contract.actions),
-        queries=len(data.pairs),
+        queries=len(pairs),
         per_query=per_query,
         shard=shard,
+        source=source,
     )
     store = ScoreStore(folder, meta)
     scorer = RecordScorer(model.module, model.tokenizer, contract.prompts["pair"], data.documents)
-    first = data.pairs[:shard]
+    first = pairs[:shard]
     # A resumed job gives the bits of an uninterrupted one, and so does each of several processes.
     scorer.settle(
         [data.queries["train"][p.query] for p in first], [chosen_pairs(p, per_query) for p in first]
@@ -80,10 +92,10 @@ def label(
     mine = [s for s in store.missing() if s % jax.process_count() == jax.process_index()]
     started, count = time.perf_counter(), 0
     with tqdm(
-        total=sum(len(data.pairs[s * shard : (s + 1) * shard]) for s in mine), desc="labelling", unit="query"
+        total=sum(len(pairs[s * shard : (s + 1) * shard]) for s in mine), desc="labelling", unit="query"
     ) as bar:
         for number in mine:
-            part = data.pairs[number * shard : (number + 1) * shard]
+            part = pairs[number * shard : (number + 1) * shard]
             rows = [chosen_pairs(p, per_query) for p in part]
             scores = scorer([data.queries["train"][p.query] for p in part], rows, bar.update)
             query = np.repeat([p.query for p in part], [len(r) for r in rows])

@@ -108,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_summaries(label)
     label.add_argument("--per-query", type=int, default=0, help="pairs scored per query (default 0: all)")
+    label.add_argument(
+        "--retriever",
+        default="",
+        help="model folder: score what it and BM25 find for a training query, with its own pairs (default: those alone)",
+    )
+    label.add_argument("--depth", type=int, default=30, help="documents found by each (default 30)")
     return parser
 
 
@@ -277,13 +283,21 @@ def _label(options: argparse.Namespace) -> None:
     from jaxsearch.measurement.gate import gate_of, require_agreement
     from jaxsearch.models.contract import load_model
     from jaxsearch.scoring.label import label
+    from jaxsearch.serving.first_stage import first_stage_pairs
     from jaxsearch.training.distributed import find_processes, start, wait_for_others
 
     start(find_processes())
     data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
     data = show_data(data, options.summaries, model.contract.summariser)
     require_agreement(options.model, model, data, gate_of(model, options.minimum_kappa))
-    report = label(model, data, options.output, per_query=options.per_query)
+    pairs, source = [], ""
+    if options.retriever:
+        if options.depth < 1:
+            raise InputError(f"--depth is {options.depth}: use at least 1")
+        retriever = load_model(options.retriever)
+        pairs = first_stage_pairs(data, retriever, options.depth)
+        source = f"first {options.depth} of BM25 and {retriever.hash}"
+    report = label(model, data, options.output, per_query=options.per_query, pairs=pairs, source=source)
     rate = report.pairs / max(report.seconds, 1e-9)
     print(f"{report.store}: {report.pairs} pairs scored, {rate:.0f} pairs/s", flush=True)
     wait_for_others("labelled")

@@ -1,0 +1,33 @@
+"""What a ranker will be asked about: the documents that the first stages return for training queries, to be scored by a teacher."""
+
+import numpy as np
+
+from jaxsearch.data.datasets import Dataset, Pairs
+from jaxsearch.models.contract import Model
+from jaxsearch.retrieval.bm25 import Bm25, document_text
+from jaxsearch.retrieval.exhaustive import ExhaustiveIndex
+from jaxsearch.serving.bundle import make_embedder
+
+
+def first_stage_pairs(data: Dataset, retriever: Model, depth: int) -> list[Pairs]:
+    """For each training query, BM25's and the retriever's first `depth` documents and those of its own pairs; nobody graded them.
+
+    A data set's own pairs are drawn by grade or by what was shown; lists to rank are of another kind, most of their documents nearly fit.
+
+    Raises:
+      ContractError: the retriever is another kind of model.
+    """
+    queries, embedder = list(data.queries["train"]), make_embedder(retriever)
+    depth = min(depth, len(data.documents))
+    bm25 = Bm25.build([document_text(document) for document in data.documents])
+    lexical, _ = bm25.search([query.text for query in queries], depth)
+    index = ExhaustiveIndex(embedder.documents(data.documents))
+    semantic, _ = index.search(embedder.queries(queries), depth)
+    own = {pairs.query: pairs.documents for pairs in data.pairs}
+    found = []
+    for query, (a, b) in enumerate(zip(lexical, semantic, strict=True)):
+        rows = np.unique(np.concatenate([a[a >= 0], b, own.get(query, np.zeros(0, np.int32))])).astype(
+            np.int32
+        )
+        found.append(Pairs(query, rows, np.full(len(rows), -1, np.int32)))
+    return found
