@@ -1,5 +1,6 @@
 """Compile a configuration's train step, or its scoring call, for chips that are not here: what it needs and what bounds its speed."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -45,9 +46,11 @@ class Report:
     argument_bytes: int
     """Parameters, optimiser state and batch alone."""
     flops: float
-    """Matmuls of one call over all devices, recomputation included, counted in the traced function (scans times their lengths)."""
+    """Matmuls of one call over all devices, recomputation included, counted in the traced function (scans times their lengths,
+    Pallas kernels times their steps)."""
     device_flops: float | None
-    """The same on one device, counted in the compiled program; null where it does not fit, as all below."""
+    """The same on one device, counted in the compiled program (Pallas kernels: in the traced function); null where it does not fit, as all
+    below."""
     bytes: float | None
     """HBM traffic of one device, operation by operation."""
     collective_bytes: float | None
@@ -79,6 +82,9 @@ def check(config: TrainConfig, topology: str, *, scoring: bool = False) -> Repor
     traced, inputs, sizes = (trace_scoring if scoring else trace_step)(config, task, mesh)
     flops = count_flops(traced.jaxpr)
     memory, work, message = compile_for(traced)
+    if work is not None:
+        own = count_flops(traced.jaxpr, kernels=True) / mesh.size
+        work = dataclasses.replace(work, flops=work.flops + own)
     arguments = _device_bytes(inputs)
     peak = None
     if memory is not None:

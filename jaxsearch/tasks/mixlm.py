@@ -405,11 +405,11 @@ class MixLMTask(RankerTask):
     def losses(self, model: Any, batch: Batch, shares: Shares) -> Losses:
         """The terms whose weight is not 0, each a mean over what has a target."""
         config, prefix, decoder = self.config, batch["prefix"], model.ranker.decoder
-        hidden = answer_hidden(decoder, prefix.tokens, prefix.where, self.embedded(model, batch))
+        hidden = answer_hidden(decoder, prefix.tokens, prefix.where, self.embedded(model, batch), alone=True)
         logits = read_labels(model.ranker, hidden)
         terms = scaled(self._task_terms(logits, batch), shares.task)
         if config.aligns or config.text_weight:
-            full = answer_hidden(decoder, prefix.tokens, prefix.where, batch["items"])
+            full = answer_hidden(decoder, prefix.tokens, prefix.where, batch["items"], alone=True)
             full_logits = read_labels(model.ranker, full)
             if config.text_weight:
                 terms |= scaled(self._task_terms(full_logits, batch), config.text_weight, "text_")
