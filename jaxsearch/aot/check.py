@@ -42,7 +42,8 @@ class Report:
     hbm_bytes: int
     """Memory of a chip, as published."""
     peak_bytes: int
-    """Most that the program holds on one device: arguments, results and temporaries together; -1 where the compiler does not say."""
+    """Most that the program holds at once on one device, arguments and results included: what the compiler refuses by (its size of
+    temporaries counts those of nested loops more than once); -1 where it does not say."""
     argument_bytes: int
     """Parameters, optimiser state and batch alone."""
     flops: float
@@ -86,15 +87,8 @@ def check(config: TrainConfig, topology: str, *, scoring: bool = False) -> Repor
         own = count_flops(traced.jaxpr, kernels=True) / mesh.size
         work = dataclasses.replace(work, flops=work.flops + own)
     arguments = _device_bytes(inputs)
-    peak = None
-    if memory is not None:
-        peak = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
-    needed = _needed(message, arguments) if peak is None else peak
+    peak = None if memory is None else memory.peak_memory_in_bytes
+    needed = _needed(message) if peak is None else peak
     return Report(
         program="scoring" if scoring else "train step",
         topology=topology,
@@ -234,15 +228,11 @@ def _device_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _needed(message: str, arguments: int) -> int:
-    """Bytes that the compiler wanted, out of its message: all of them, or the temporaries without the arguments."""
-    everything = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
-    found = everything or temporaries
-    if not found:
-        return -1
-    size = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
-    return size if everything else size + arguments
+def _needed(message: str) -> int:
+    """Bytes that the compiler wanted, out of its message."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    found = found or re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else -1
 
 
 def _sizes(tree: Any) -> dict[str, Any]:
