@@ -22,13 +22,11 @@ from jaxsearch.aot.check import weak_scaling
 ROOT = Path(__file__).resolve().parent.parent
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v6e:4x4", "v5p:4x4x4")
 STORED = ("--task.relevance-teachers", "any", "--task.engagement-teachers", "any")
+XLA = ("--task.model.attention", "xla")
 ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     # name: configuration, its batch size where it can be cut (else 0), further options
-    "ranker 0.6B": (
-        "configs/ranker.py:qwen3_0_6b",
-        128,
-        STORED,
-    ),
+    "ranker 0.6B": ("configs/ranker.py:qwen3_0_6b", 128, STORED),
+    "ranker 0.6B, attention by XLA": ("configs/ranker.py:qwen3_0_6b", 128, (*STORED, *XLA)),
     "ranker 0.6B, two 1.7B teachers online": (
         "configs/ranker.py:qwen3_0_6b",
         128,
@@ -43,8 +41,8 @@ ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     ),
     "MixLM 0.6B + 0.6B": ("configs/mixlm.py:qwen3_0_6b", 0, STORED),
     "MixLM 0.6B + 0.6B, batch 64": ("configs/mixlm.py:qwen3_0_6b", 0, (*STORED, "--batch-size", "64")),
-    "MixLM 0.6B + 0.6B, batch 32": ("configs/mixlm.py:qwen3_0_6b", 0, (*STORED, "--batch-size", "32")),
     "retriever 0.6B": ("configs/retriever.py:qwen3_0_6b", 0, ()),
+    "retriever 0.6B, attention by XLA": ("configs/retriever.py:qwen3_0_6b", 0, XLA),
     "judge 8B": ("configs/judge.py:qwen3_8b", 64, ()),
     "judge 8B, tensor 4": ("configs/judge.py:qwen3_8b", 64, ("--mesh.tensor", "4")),
 }

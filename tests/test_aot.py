@@ -3,11 +3,13 @@
 import importlib.util
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 from toy_task import ToyTask, toy_config
 
@@ -108,9 +110,42 @@ def test_loops_over_unsigned_counters_count_too() -> None:
     assert read_work(text).flops == 3 * 2 * 256 * 512 * 128
 
 
+def test_a_kernel_whose_metadata_have_lines_of_their_own() -> None:
+    kernel = """  %k = bf16[256,512]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="jit(f)/pallas_call"}
+"""
+    place = "  %part = bf16[1,128,128]"
+    plain, found = read_work(HLO), read_work(HLO.replace(place, kernel + place))
+    assert (found.flops, found.collectives) == (plain.flops, plain.collectives)
+    assert found.bytes == plain.bytes + 6 * 2 * 256 * 512 * 2
+
+
 def test_text_that_is_no_program() -> None:
     with pytest.raises(ValueError, match="no ENTRY"):
         read_work("nothing")
+
+
+def test_flops_of_a_kernel_count_its_steps_on_every_device() -> None:
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    spec = PartitionSpec("data", "tensor")
+
+    def square(x: jax.Array) -> jax.Array:
+        def kernel(x: Any, out: Any) -> None:
+            out[...] = x[...] @ x[...]
+
+        block = pl.BlockSpec((16, 16), lambda i: (i, 0))
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(kernel, shape, grid=(3,), in_specs=[block], out_specs=block)(x)
+
+    def f(x: jax.Array) -> jax.Array:
+        y = jax.shard_map(square, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+        return y @ y.T
+
+    traced = jax.jit(f).trace(jnp.zeros((4 * 48, 2 * 16))).jaxpr
+    kernels = 8 * 3 * 2 * 16**3
+    assert count_flops(traced, kernels=True) == kernels
+    assert count_flops(traced) == kernels + 2 * 192 * 192 * 32
 
 
 def test_flops_of_scans_recomputation_and_dead_code() -> None:
@@ -152,12 +187,12 @@ def test_weak_scaling_by_hand() -> None:
     ("message", "expected"),
     [
         ("Ran out of memory in memory space hbm. Used 33.50G of 15.75G hbm. Exceeded", 33.5 * 2**30),
-        ("the total memory required for HLO temporaries (512.00M) exceeds available HBM", 2**29 + 100),
+        ("the total memory required for HLO temporaries (512.00M) exceeds available HBM", 2**29),
         ("something else", -1),
     ],
 )
 def test_memory_out_of_the_compilers_message(message: str, expected: float) -> None:
-    assert _needed(message, 100) == expected
+    assert _needed(message) == expected
 
 
 def test_topologies() -> None:

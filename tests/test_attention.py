@@ -1,5 +1,7 @@
 """The attentions against a plain loop, on shapes with grouped heads, packing, padding and caches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,8 +10,8 @@ import pytest
 
 from jaxsearch.errors import InputError
 from jaxsearch.models import attention as attention_module
-from jaxsearch.models import tpu_attention
-from jaxsearch.models.attention import Cached, Causal, PrefixPacked
+from jaxsearch.models import tpu_attention, tpu_causal
+from jaxsearch.models.attention import Cached, Causal, PrefixPacked, training_backend
 
 HEADS, KV_HEADS, SIZE = 4, 2, 6
 
@@ -239,6 +241,98 @@ def test_the_kernel_in_bfloat16_is_as_close_as_the_reference():
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.06)
 
 
+def causal_case(seed, b, t, n, k, h):
+    """q, k, v, which tokens exist (left-aligned, one row whole), and weights that are 0 on padding."""
+    random = np.random.default_rng(seed)
+    arrays = [random.standard_normal((b, t, heads, h), np.float32) for heads in (n, k, k)]
+    where = np.arange(t)[None] < np.append(random.integers(1, t + 1, b - 1), t)[:, None]
+    weights = random.standard_normal((b, t, n, h), np.float32) * where[..., None, None]
+    return arrays, where, weights
+
+
+@pytest.mark.parametrize("backend", ["fused", "pallas_interpret"])
+@pytest.mark.parametrize(
+    ("b", "t", "n", "k", "h", "block"),
+    [(2, 40, 4, 2, 16, 512), (3, 300, 2, 1, 128, 128), (1, 130, 3, 3, 64, 512)],
+)
+def test_causal_backends_equal_the_reference_with_gradients(backend, b, t, n, k, h, block, monkeypatch):
+    monkeypatch.setitem(tpu_causal.attend_causal.__kwdefaults__, "block", block)
+    arrays, where, weights = causal_case(t, b, t, n, k, h)
+
+    def value(name, *arrays):
+        mixed = Causal(where, backend=name)(*arrays, None)[0]
+        return jnp.sum(mixed * weights), mixed
+
+    def gradients(name):
+        step = jax.jit(jax.value_and_grad(functools.partial(value, name), (0, 1, 2), has_aux=True))
+        return step(*arrays)
+
+    (_, expected), wanted = gradients("xla")
+    (_, found), given = gradients(backend)
+    np.testing.assert_allclose(found[where], expected[where], atol=2e-6)
+    assert np.isfinite(found).all()
+    for x, y in zip(given, wanted, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_the_causal_kernel_leaves_out_keys_that_do_not_exist():
+    """Queries behind other keys, some of which are no tokens: what an item with a prefix is."""
+    (q, k, v), where, _ = causal_case(0, 3, 200, 4, 2, 16)
+    q, where = q[:, 90:], where | (np.arange(200) >= 90)[None]  # keys from 90 on exist in every row
+    found = tpu_causal.attend_causal(q, k, v, where, block=128, interpret=True)
+    seen = where[:, None] & np.tri(110, 200, 90, dtype=bool)[None]
+    expected = attention_module._attend(q, k, v, seen)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["fused", "pallas_interpret"])
+def test_items_alone_equal_the_reference_with_gradients(backend):
+    (q, k, v, *state), where, _ = packed_case(7, 2, 3, 40, 21, 4, 2, 16)
+    random = np.random.default_rng(7)
+    exists = np.arange(40)[None, None] < random.integers(0, 41, (2, 3, 1))
+    segments, weights = exists.astype(np.int32), random.standard_normal(q.shape) * exists[..., None, None]
+
+    def value(name, q, k, v, prefix_k, prefix_v):
+        mixed = PrefixPacked(where, segments, name, alone=True)(q, k, v, (prefix_k, prefix_v))[0]
+        return jnp.sum(mixed * weights), mixed
+
+    def gradients(name):
+        step = jax.jit(jax.value_and_grad(functools.partial(value, name), (0, 1, 2, 3, 4), has_aux=True))
+        return step(q, k, v, *state)
+
+    (_, expected), wanted = gradients("xla")
+    (_, found), given = gradients(backend)
+    np.testing.assert_allclose(found[exists], expected[exists], atol=5e-6)
+    assert np.isfinite(found).all()
+    for x, y in zip(given, wanted, strict=True):
+        np.testing.assert_allclose(x, y, atol=5e-5)
+
+
+def test_blocks_of_the_causal_kernel_are_even():
+    found = [tpu_causal._block(length, 512) for length in (1, 128, 129, 512, 513, 1025, 1408)]
+    assert found == [128, 128, 256, 512, 384, 384, 512]
+
+
+def test_only_a_training_step_chooses_a_kernel():
+    def mesh(platform):
+        device = jax.sharding.AbstractDevice(device_kind="some", num_cores=1, platform=platform)
+        made = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"), abstract_device=device)
+        return jax.sharding.use_abstract_mesh(made)
+
+    assert training_backend("", 200, jnp.bfloat16) == training_backend("pallas", 200, jnp.bfloat16) == "xla"
+    with mesh("tpu"):
+        assert training_backend("", 200, jnp.bfloat16) == "pallas"
+        assert training_backend("", 60, jnp.bfloat16) == "xla"  # mostly padding
+        assert training_backend("", 200, jnp.float64) == training_backend("xla", 200, jnp.bfloat16) == "xla"
+    with mesh("gpu"):
+        assert training_backend("", 200, jnp.bfloat16) == "xla"
+        assert training_backend("fused", 200, jnp.bfloat16) == "fused"
+        with pytest.raises(InputError, match=r"model.attention is 'pallas', .* mesh is of gpu devices"):
+            training_backend("pallas", 200, jnp.bfloat16)
+
+
 def test_an_unknown_backend_is_named():
+    with pytest.raises(InputError, match="backend 'cuda' is unknown: use one of xla, fused, pallas"):
+        Causal(np.ones((1, 1), bool), backend="cuda")
     with pytest.raises(InputError, match="backend 'cuda' is unknown: use one of xla, fused, pallas"):
         PrefixPacked(np.ones((1, 1), bool), np.ones((1, 1, 1), np.int32), "cuda")

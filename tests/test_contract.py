@@ -25,6 +25,7 @@ from jaxsearch.models.contract import (
     Golden,
     load_model,
     make_module,
+    read_contract,
     save_model,
 )
 from jaxsearch.models.scorer import BiEncoder, Scorer
@@ -130,6 +131,13 @@ def test_other_kinds(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
         ).tolerance
         > 0.1
     )
+
+
+def test_how_attention_was_computed_stays_out(tokenizer: Tokenizer, saved: Path, tmp_path: Path) -> None:
+    contract = ranker(tokenizer, architecture=dataclasses.replace(STUDENT, attention="pallas"))
+    save_model(tmp_path, new_module(contract, 5), contract, tokenizer)
+    assert read_contract(tmp_path) == read_contract(saved)
+    assert (tmp_path / CONTRACT_FILE).read_bytes() == (saved / CONTRACT_FILE).read_bytes()
 
 
 def test_an_interrupted_save_leaves_no_contract(

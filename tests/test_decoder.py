@@ -279,7 +279,7 @@ def test_bad_config_is_refused_by_name(field, value):
 
 def test_what_a_checkpoint_decides_has_no_default():
     optional = {f.name for f in dataclasses.fields(DecoderConfig) if f.default is not dataclasses.MISSING}
-    assert optional == {"compute_dtype", "remat"}
+    assert optional == {"compute_dtype", "remat", "attention"}
     with pytest.raises(ValueError, match="'width'"):
         with_config(make(CONFIG), width=8)
 

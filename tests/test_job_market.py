@@ -65,7 +65,7 @@ def test_unseen_postings_are_the_next_ones_and_graded_by_the_policy(tiny: Tiny) 
     assert list(graded) == [query.id for query in market.queries["test"]]
     checked = 0
     for query, grades in graded.items():
-        need = market._searches[int(query[1:])].need
+        need = market._search(int(query[1:])).need
         for place, grade in grades.items():
             if grade == 4 and need.city is not None:
                 assert documents[place].attributes["city"] == market.cities[need.city]
@@ -271,7 +271,7 @@ def test_a_variation_can_be_varied_back(tiny: Tiny) -> None:
 def test_searches_say_what_they_need(tiny: Tiny) -> None:
     market = tiny.market
     for query in tiny.queries["dev"][:100]:
-        search = market._searches[int(query.id[1:])]
+        search = market._search(int(query.id[1:]))
         need, text = search.need, query.text.lower()
         assert any(title.lower() in text for title in market.titles[need.occupation])
         for value, names in (
@@ -436,18 +436,18 @@ def test_draws() -> None:
 
 
 def test_buckets(tiny: Tiny) -> None:
-    searches = tiny.market._searches
     every = [query for split in SPLITS for query in tiny.queries[split]]
     count = Counter(query.bucket for query in every)
     assert set(count) == set(BUCKETS) - {"name"}
     assert all(share > 0.07 * len(every) for share in count.values())
     for query in every[:200]:
-        need = searches[int(query.id[1:])].need
+        need = tiny.market._search(int(query.id[1:])).need
         assert (query.bucket == "title_company") <= (need.company is not None)
         assert (query.bucket == "title_skill") <= (need.skill is not None)
         if query.bucket == "title":
             assert {need.company, need.skill, need.city, need.workplace} == {None}
     # Whoever asks for a company of the work's own finds one that is hiring.
-    for search in searches:
-        if search.need.company is not None:
-            assert search.need.company in tiny.market._hiring[search.need.occupation]
+    for number in range(len(every)):
+        need = tiny.market._search(number).need
+        if need.company is not None:
+            assert need.company in tiny.market._hiring[need.occupation]

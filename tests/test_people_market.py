@@ -228,7 +228,7 @@ def test_every_bucket_occurs_in_every_split(tiny: Tiny) -> None:
 def test_searches_say_what_they_need(tiny: Tiny) -> None:
     market, world = tiny.market, tiny.market.world
     for query in tiny.queries["golden"]:
-        search = market._searches[int(query.id[1:])]
+        search = market._search(int(query.id[1:]))
         need, text = search.need, query.text.lower()
         assert set(query.searcher) == {"headline", "location", "company", "connections"}
         if query.bucket == "name":
@@ -344,7 +344,7 @@ def shown(tiny: Tiny) -> list[Shown]:
     market, rows = tiny.market, []
     for query in tiny.queries["train"]:
         grades = market.grade_row(int(query.id[1:]))
-        search = market._searches[int(query.id[1:])]
+        search = market._search(int(query.id[1:]))
         for item in tiny.impressions["train"][query.id]:
             m = int(item.document_id[1:])
             member = market._members[m]

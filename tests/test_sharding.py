@@ -16,7 +16,6 @@ from toy_task import ToyConfig, toy_config
 
 from jaxsearch.config import MeshConfig, OptimizerConfig, TrainConfig
 from jaxsearch.data.pipeline import Pipeline
-from jaxsearch.models.attention import Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.training.loop import Trainer
 from jaxsearch.training.sharding import (
@@ -94,11 +93,12 @@ class DecoderTask(Task):
     """Next-token prediction with a small decoder on counted sequences."""
 
     num_examples = 64
+    attention = ""
 
     def init(self, rngs: nnx.Rngs) -> Decoder:
         config = DecoderConfig(
             vocab_size=32, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=32,
-            rope_theta=1e4, rms_eps=1e-6, qk_norm=True, tied=True,
+            rope_theta=1e4, rms_eps=1e-6, qk_norm=True, tied=True, attention=self.attention,
         )  # fmt: skip
         return Decoder(config, rngs=rngs)
 
@@ -110,7 +110,7 @@ class DecoderTask(Task):
     def loss(self, model: Decoder, batch: Batch, key: jax.Array) -> Losses:
         tokens, where = batch["tokens"], batch["where"]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        hidden, _ = model(model.embed(tokens), positions, Causal(where))
+        hidden, _ = model(model.embed(tokens), positions, model.causal(where))
         loss = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden[:, :-1]), tokens[:, 1:])
         mask = where[:, 1:].astype(jnp.float32)
         return Losses(((loss * mask).sum(), mask.sum()))
@@ -165,6 +165,13 @@ def test_sharded_equals_unsharded(
         array = up["layers"]["up"]
         assert array.shape == (2, 16, 32)
         assert array.addressable_shards[0].data.shape == (2, 16 // mesh[1], 32 // mesh[2])
+
+
+def test_the_kernel_is_split_over_devices(unsharded: np.ndarray) -> None:
+    task = DecoderTask()
+    task.attention = "pallas_interpret"
+    losses, _ = train(config_of((2, 2, 2)), task, 3)
+    np.testing.assert_allclose(losses, unsharded[:3], rtol=1e-5)
 
 
 def test_sharded_equals_unsharded_with_two_terms_and_noise() -> None:

@@ -254,6 +254,7 @@ def test_the_tokenizer_does_not_see_held_out_documents(world: Dataset) -> None:
         ({"vocab_size": 9}, "vocab_size is 9: use at least"),
         ({"compute_dtype": "int8"}, "compute_dtype is 'int8'"),
         ({"remat": "some"}, "remat is 'some'"),
+        ({"attention": "some"}, "attention is 'some'"),
     ],
 )
 def test_starts_that_cannot_be(world: Dataset, changes: dict, words: str) -> None:

@@ -1,5 +1,6 @@
 """Compile a configuration's train step, or its scoring call, for chips that are not here: what it needs and what bounds its speed."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -41,13 +42,16 @@ class Report:
     hbm_bytes: int
     """Memory of a chip, as published."""
     peak_bytes: int
-    """Most that the program holds on one device: arguments, results and temporaries together; -1 where the compiler does not say."""
+    """Most that the program holds at once on one device, arguments and results included: what the compiler refuses by (its size of
+    temporaries counts those of nested loops more than once); -1 where it does not say."""
     argument_bytes: int
     """Parameters, optimiser state and batch alone."""
     flops: float
-    """Matmuls of one call over all devices, recomputation included, counted in the traced function (scans times their lengths)."""
+    """Matmuls of one call over all devices, recomputation included, counted in the traced function (scans times their lengths,
+    Pallas kernels times their steps)."""
     device_flops: float | None
-    """The same on one device, counted in the compiled program; null where it does not fit, as all below."""
+    """The same on one device, counted in the compiled program (Pallas kernels: in the traced function); null where it does not fit, as all
+    below."""
     bytes: float | None
     """HBM traffic of one device, operation by operation."""
     collective_bytes: float | None
@@ -79,16 +83,12 @@ def check(config: TrainConfig, topology: str, *, scoring: bool = False) -> Repor
     traced, inputs, sizes = (trace_scoring if scoring else trace_step)(config, task, mesh)
     flops = count_flops(traced.jaxpr)
     memory, work, message = compile_for(traced)
+    if work is not None:
+        own = count_flops(traced.jaxpr, kernels=True) / mesh.size
+        work = dataclasses.replace(work, flops=work.flops + own)
     arguments = _device_bytes(inputs)
-    peak = None
-    if memory is not None:
-        peak = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
-    needed = _needed(message, arguments) if peak is None else peak
+    peak = None if memory is None else memory.peak_memory_in_bytes
+    needed = _needed(message) if peak is None else peak
     return Report(
         program="scoring" if scoring else "train step",
         topology=topology,
@@ -228,15 +228,11 @@ def _device_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _needed(message: str, arguments: int) -> int:
-    """Bytes that the compiler wanted, out of its message: all of them, or the temporaries without the arguments."""
-    everything = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
-    found = everything or temporaries
-    if not found:
-        return -1
-    size = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
-    return size if everything else size + arguments
+def _needed(message: str) -> int:
+    """Bytes that the compiler wanted, out of its message."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    found = found or re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else -1
 
 
 def _sizes(tree: Any) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             if name:
                 current = computations[name[1]] = _Computation(name[1])
                 entry = name[1] if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif (
+            line == "}"
+        ):  # more may stand behind it where a kernel's metadata, which have lines of their own, end
             current = None
         elif current is not None and (found := _instruction(line)) is not None:
             current.instructions[found.name] = found

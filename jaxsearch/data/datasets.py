@@ -127,8 +127,41 @@ def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
         own = Path(folder).resolve().name
         data = to_dataset(load_folder(folder), name, vertical)
         return replace(data, name=f"{own}:{vertical}" if vertical else own)
-    known = ", ".join([*(f"job_market:{variant}" for variant in job_market.VERSIONS), "onet_jobs"])
-    raise InputError(f"data set is {name!r}: use one of {known}, or a folder of your own")
+    raise InputError(f"data set is {name!r}: use one of {', '.join(_known())}, or a folder of your own")
+
+
+def prepare_dataset(
+    name: str, data_dir: str | Path | None = None, beam: Sequence[str] | None = None
+) -> dict[str, dict[str, int]]:
+    """Build the tables of `job_market` or `onet_jobs` that are missing, without reading them.
+
+    Args:
+      name: as in `load_dataset`.
+      data_dir: as in `load_dataset`; with Beam, a folder that all workers reach.
+      beam: pipeline options of Apache Beam, whose workers then make the rows; None to make them here.
+
+    Returns:
+      Table -> split -> rows.
+
+    Raises:
+      InputError: no such data set, or Apache Beam is asked for and not installed.
+    """
+    family, _, variant = name.partition(":")
+    if family == "job_market" and (variant or "default") in job_market.VERSIONS:
+        builders = job_market.prepare(variant or "default", data_dir, beam)
+    elif name == "onet_jobs":
+        builders = onet_jobs.prepare(data_dir, beam=beam)
+    else:
+        raise InputError(f"data set is {name!r}: use one of {', '.join(_known())}")
+    return {
+        table: {split: info.num_examples for split, info in builder.info.splits.items()}
+        for table, builder in builders.items()
+    }
+
+
+def _known() -> list[str]:
+    """Names of the data sets that are built."""
+    return [*(f"job_market:{variant}" for variant in job_market.VERSIONS), "onet_jobs"]
 
 
 def _job_market(variant: str, data_dir: str | Path | None) -> Dataset:

@@ -1,4 +1,4 @@
-"""Command line of data: `validate` files of one's own; every bad record is named, nothing is written or changed."""
+"""Command line of data: `validate` files of one's own (every bad record is named, nothing is changed), `prepare` a built data set."""
 
 import argparse
 import json
@@ -32,6 +32,16 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument(
         "--max-bad-share", type=float, default=0.0, help="bad records, as a share of each kind, that are well (default 0)"
     )  # fmt: skip
+    prepare = commands.add_parser(
+        "prepare",
+        allow_abbrev=False,
+        help="build a data set, here or by the workers of Apache Beam",
+        description="What stands behind --beam goes to Apache Beam as its pipeline options, such as --runner=DirectRunner. Rows and "
+        "their order are the same with and without.",
+    )
+    prepare.add_argument("dataset", help="job_market:VARIANT or onet_jobs (with ONET_DIR)")
+    prepare.add_argument("--data-dir", help="default: TFDS's own; with Beam, a folder that all workers reach")
+    prepare.add_argument("--beam", nargs=argparse.REMAINDER, metavar="OPTION")
     return parser
 
 
@@ -116,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 1 (bad records) or 2 (input that cannot be read at all)."""
     options = _parser().parse_args(argv)
     try:
+        if options.command == "prepare":
+            return _prepare(options.dataset, options.data_dir, options.beam)
         if not 0 <= options.max_bad_share < 1:
             raise InputError(f"--max-bad-share is {options.max_bad_share}: use at least 0 and less than 1")
         report, summary = validate(options.paths)
@@ -128,6 +140,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if report.unreadable:
         return 2
     return 1 if report.worst_share() > options.max_bad_share else 0
+
+
+def _prepare(name: str, data_dir: str | None, beam: list[str] | None) -> int:
+    from jaxsearch.data.datasets import prepare_dataset  # TFDS, which `validate` does without
+
+    for table, splits in prepare_dataset(name, data_dir, beam).items():
+        print(
+            f"{table:<12} {sum(splits.values()):,} ({', '.join(f'{split} {n:,}' for split, n in splits.items())})"
+        )
+    return 0
 
 
 def _write(path: Path, text: str) -> None:

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxsearch.errors import InputError
 from jaxsearch.models.tpu_attention import attend_packed
+from jaxsearch.models.tpu_causal import attend_causal
 from jaxsearch.numerics import wide
 
 # So many queries at a time meet the keys up to the last of them: what is masked beyond is never computed. On a CPU three
@@ -26,6 +28,9 @@ from jaxsearch.numerics import wide
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 48
 
 BACKENDS = ("xla", "fused", "pallas", "pallas_interpret")
+
+WORTH_A_KERNEL = 96
+"""Queries of a row, which the kernel pads to a multiple of 128."""
 
 # Far below any score, yet finite: a row of masked scores alone then has no NaN in it, nor in its gradient.
 MASKED = -1e30
@@ -35,6 +40,34 @@ def check_backend(name: str) -> None:
     """Raise InputError unless the name is one of `BACKENDS`."""
     if name not in BACKENDS:
         raise InputError(f"attention backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
+
+
+def training_backend(name: str, length: int, dtype: DTypeLike) -> str:
+    """The backend of a training step's attention.
+
+    A training step is what runs within `jax.sharding.use_abstract_mesh`. Elsewhere nobody says how a kernel is split over devices, and the
+    reference is used.
+
+    Args:
+        name: one of `BACKENDS`, or "" for the kernel of the mesh's devices where there is one and it is not mostly padding: "pallas" on
+            TPU for `WORTH_A_KERNEL` queries or more.
+        length: T, the queries of a row.
+        dtype: of queries, keys and values.
+
+    Raises:
+        InputError: the kernel does not run on the mesh's devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return "xla"
+    device = mesh.abstract_device  # None where the mesh is not of real devices
+    platform = jax.default_backend() if device is None else device.platform
+    if name == "pallas" and platform != "tpu":
+        raise InputError(f"model.attention is 'pallas', a kernel for TPUs, and the mesh is of {platform} devices: use 'xla'")  # fmt: skip
+    if name:
+        return name
+    fits = length >= WORTH_A_KERNEL and dtype != jnp.float64
+    return "pallas" if platform == "tpu" and fits else "xla"
 
 
 class Attention(Protocol):
@@ -97,6 +130,13 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return jnp.moveaxis(mixed, -4, -3).reshape(q.shape).astype(q.dtype)
 
 
+def _library(q: Array, k: Array, v: Array, **options: Any) -> Array:
+    """The library's attention of q [B, T, N, H], k and v [B, C, K, H]; on GPUs in half precision cuDNN's."""
+    cudnn = jax.default_backend() == "gpu" and q.dtype != jnp.float32
+    implementation: Any = "cudnn" if cudnn else "xla"
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **options)
+
+
 def _blocks(length: int) -> list[slice]:
     """The queries in even blocks: three of a short row, as many as it takes of a long one."""
     parts = max(1, min(3, length // SMALLEST_BLOCK), math.ceil(length / LARGEST_BLOCK))
@@ -104,19 +144,40 @@ def _blocks(length: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["where"], meta_fields=["keep_kv"])
+@partial(jax.tree_util.register_dataclass, data_fields=["where"], meta_fields=["keep_kv", "backend"])
 @dataclass(frozen=True)
 class Causal:
     """Each token sees itself and what stands before it, padding left out.
 
     `where` is bool [..., T], True for tokens that exist. With `keep_kv` the new state is (k, v): this is
     how a prefix is prefilled. A token that sees nothing (padding before the first token) mixes to zero.
+
+    `backend` is one of `BACKENDS`. All but "xla" need padding to stand behind the tokens, so that order alone decides who sees whom;
+    padding then mixes to anything finite. All have gradients.
+
+    Raises:
+        InputError: the backend is unknown.
     """
 
     where: Array
     keep_kv: bool = False
+    backend: str = "xla"
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend)
 
     def __call__(self, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        kept = (k, v) if self.keep_kv else None
+        if self.backend != "xla":
+            flat = [x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)]
+            if self.backend == "fused":
+                mixed = _library(*flat, is_causal=True)
+            else:
+                mixed = attend_causal(*flat, interpret=self.backend == "pallas_interpret")
+            return mixed.reshape(q.shape), kept
+        return self._reference(q, k, v), kept
+
+    def _reference(self, q: Array, k: Array, v: Array) -> Array:
         length = q.shape[-3]
         order = jnp.tri(length, dtype=bool)[(None,) * (self.where.ndim - 1)]
         mixed = [
@@ -128,10 +189,14 @@ class Causal:
             )
             for block in _blocks(length)
         ]
-        return jnp.concatenate(mixed, axis=-3), (k, v) if self.keep_kv else None
+        return jnp.concatenate(mixed, axis=-3)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["prefix_where", "segments"], meta_fields=["backend"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["prefix_where", "segments"],
+    meta_fields=["backend", "alone"],
+)
 @dataclass(frozen=True)
 class PrefixPacked:
     """Packed items: each token sees its query's prefix and, causally, the item that it belongs to.
@@ -142,7 +207,8 @@ class PrefixPacked:
 
     `backend` is one of `BACKENDS`: "xla", the reference, for any device and for training; "fused", for GPUs; "pallas",
     for TPUs, and "pallas_interpret", the same arithmetic anywhere. The last two need each item's tokens to stand
-    together, which packing sees to.
+    together, which packing sees to, and have no gradients, unless the items are `alone`: each row then holds one item, from its
+    first column on, as in training, and padding mixes to anything finite.
 
     Raises:
         InputError: the backend is unknown.
@@ -151,6 +217,7 @@ class PrefixPacked:
     prefix_where: Array
     segments: Array
     backend: str = "xla"
+    alone: bool = False
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -160,6 +227,8 @@ class PrefixPacked:
             return self._fused(q, k, v, state), None
         if self.backend.startswith("pallas"):
             interpret = self.backend == "pallas_interpret"
+            if self.alone:
+                return self._alone(q, k, v, state, interpret), None
             where, segments = jnp.asarray(self.prefix_where), jnp.asarray(self.segments)
             return attend_packed(q, k, v, *state, where, segments, interpret=interpret), None
         mixed = [
@@ -174,24 +243,33 @@ class PrefixPacked:
         Its log-sum-exp is not fp32 and it knows no segments: no merging of partials, and a mask for each row.
         """
         b, r, t, n, h = q.shape
+        keys, values = self._with_prefix(k, v, state)
         exists = jnp.asarray(self.segments) > 0
         order = jnp.tri(t, dtype=bool)[None, None]
         own = (self.segments[..., :, None] == self.segments[..., None, :]) & exists[..., None] & order
         seen = self.prefix_where[:, None, None, :] & exists[..., None]
         mask = jnp.concatenate([seen, own], axis=-1).reshape(b * r, 1, t, -1)
-        keys, values = (
-            jnp.concatenate([jnp.broadcast_to(old[:, None], (b, r, *old.shape[1:])), new], axis=2)
-            for old, new in zip(state, (k, v), strict=True)
-        )
-        cudnn = jax.default_backend() == "gpu" and q.dtype != jnp.float32
-        mixed = jax.nn.dot_product_attention(
-            q.reshape(b * r, t, n, h),
-            keys.reshape(b * r, -1, *k.shape[3:]),
-            values.reshape(b * r, -1, *v.shape[3:]),
-            mask=mask,
-            implementation="cudnn" if cudnn else "xla",
-        )
+        mixed = _library(q.reshape(b * r, t, n, h), keys, values, mask=mask)
         return jnp.where(exists[..., None, None], mixed.reshape(q.shape), 0)
+
+    def _alone(self, q: Array, k: Array, v: Array, state: tuple[Array, Array], interpret: bool) -> Array:
+        """Behind the prefix each row is in order: the causal kernel, without the prefix's padding."""
+        (b, r, t), p = q.shape[:3], self.prefix_where.shape[1]
+        where = jnp.pad(jnp.asarray(self.prefix_where), ((0, 0), (0, t)), constant_values=True)
+        where = jnp.broadcast_to(where[:, None], (b, r, p + t)).reshape(b * r, p + t)
+        keys, values = self._with_prefix(k, v, state)
+        mixed = attend_causal(q.reshape(b * r, *q.shape[2:]), keys, values, where, interpret=interpret)
+        return mixed.reshape(q.shape)
+
+    def _with_prefix(self, k: Array, v: Array, state: tuple[Array, Array]) -> list[Array]:
+        """Keys and values of each row behind a copy of its prefix's, [B R, P + T, K, H] each."""
+        b, r = k.shape[:2]
+        return [
+            jnp.concatenate([jnp.broadcast_to(old[:, None], (b, r, *old.shape[1:])), new], axis=2).reshape(
+                b * r, -1, *new.shape[3:]
+            )
+            for old, new in zip(state, (k, v), strict=True)
+        ]
 
     def _block(self, q: Array, k: Array, v: Array, state: tuple[Array, Array]) -> Array:
         """The last queries [B, R, T', N, H] of rows that are known up to them."""

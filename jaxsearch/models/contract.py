@@ -134,6 +134,13 @@ def _flat(module: nnx.Module) -> dict[str, np.ndarray]:
     }
 
 
+def _architecture(config: DecoderConfig) -> dict[str, Any]:
+    """As JSON values, without how the machine that trained it computed attention."""
+    values = dataclasses.asdict(config)
+    del values["attention"]
+    return values
+
+
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -159,7 +166,7 @@ def save_model(
     values = {
         "format": FORMAT,
         "kind": contract.kind,
-        "architecture": dataclasses.asdict(contract.architecture),
+        "architecture": _architecture(contract.architecture),
         "prompts": {name: dataclasses.asdict(prompt) for name, prompt in contract.prompts.items()},
         "labels": dict(contract.labels),
         "actions": list(contract.actions),

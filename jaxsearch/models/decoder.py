@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxsearch.errors import InputError
-from jaxsearch.models.attention import Attention
+from jaxsearch.models.attention import BACKENDS, Attention, Causal, training_backend
 from jaxsearch.numerics import wide
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -52,6 +52,7 @@ class DecoderConfig:
     `remat` says what one layer keeps for the backward pass: "none" keeps all,
     "dots" the outputs of the projections, "lean" what it takes to do no projection again (`KEPT`), "full" its input only.
     On a CPU "full" is also the fastest at small widths (less to write), "lean" at SmolLM2's.
+    `attention` names the backend of a training step's causal attention (`attention.training_backend`); it is no part of a checkpoint.
 
     Raises:
         InputError: a field is out of range; the message names it, its value and the fix.
@@ -70,6 +71,7 @@ class DecoderConfig:
     tied: bool
     compute_dtype: str = "float32"
     remat: str = "lean"
+    attention: str = ""
 
     def __post_init__(self) -> None:
         def refuse(name: str, fix: str) -> None:
@@ -94,6 +96,8 @@ class DecoderConfig:
             refuse("compute_dtype", f"use one of {', '.join(DTYPES)}")
         if self.remat not in REMAT:
             refuse("remat", f"use one of {', '.join(REMAT)}")
+        if self.attention not in ("", *BACKENDS):
+            refuse("attention", f"leave it empty or use one of {', '.join(BACKENDS)}")
 
     @property
     def dtype(self) -> Any:
@@ -423,6 +427,14 @@ class Decoder(nnx.Module):
         rows = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(self.config.dtype)
         return split_batch(rows)
 
+    def causal(self, where: Array, *, keep_kv: bool = False) -> Causal:
+        """Causal attention as this decoder is configured to compute it (where bool [..., T], left-aligned)."""
+        return Causal(where, keep_kv, self.training_backend(where.shape[-1]))
+
+    def training_backend(self, length: int) -> str:
+        """Of a training step's attention over rows of so many queries; outside of one, the reference."""
+        return training_backend(self.config.attention, length, self.config.dtype)
+
     @overload
     def __call__(
         self,
@@ -574,8 +586,8 @@ def with_config(decoder: Decoder, **changes: Any) -> Decoder:
         InputError: a change would alter what the checkpoint decides.
     """
     for name in changes:
-        if name not in ("compute_dtype", "remat"):
-            raise InputError(f"changes contains {name!r}: only compute_dtype and remat can change")
+        if name not in ("compute_dtype", "remat", "attention"):
+            raise InputError(f"changes contains {name!r}: only compute_dtype, remat and attention can change")
     changed = nnx.merge(*nnx.split(decoder))
     changed.config = dataclasses.replace(decoder.config, **changes)
     return changed

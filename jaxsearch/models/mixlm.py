@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsearch.models.attention import Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.models.scorer import Scorer
 
@@ -43,7 +42,7 @@ class DocumentEncoder(nnx.Module):
           where: bool [M, T], left-aligned.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        hidden, _ = self.decoder(self.decoder.embed(tokens), positions, Causal(where))
+        hidden, _ = self.decoder(self.decoder.embed(tokens), positions, self.decoder.causal(where))
         length = jnp.sum(where, axis=1)[:, None]
         slots = jnp.arange(self.tokens)[None]
         places = jnp.minimum(jnp.maximum(length - self.tokens, 0) + slots, tokens.shape[1] - 1)

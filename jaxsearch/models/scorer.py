@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsearch.models.attention import Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.numerics import wide
 
@@ -47,7 +46,7 @@ class BiEncoder(nnx.Module):
     def __call__(self, tokens: Array, where: Array) -> Array:
         """Embeddings fp32 [B, D] of length 1 (tokens int [B, T], where bool [B, T], left-aligned, at least one token each)."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        hidden, _ = self.decoder(self.decoder.embed(tokens), positions, Causal(where))
+        hidden, _ = self.decoder(self.decoder.embed(tokens), positions, self.decoder.causal(where))
         last = jnp.maximum(jnp.sum(where, axis=1) - 1, 0)[:, None, None]
         pooled = jnp.take_along_axis(hidden, last, axis=1)[:, 0].astype(wide())
         return pooled * jax.lax.rsqrt(jnp.maximum(jnp.sum(pooled * pooled, axis=-1, keepdims=True), 1e-12))

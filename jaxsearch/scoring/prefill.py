@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import DTypeLike, NDArray
 
 from jaxsearch.errors import InputError
-from jaxsearch.models.attention import Causal, LastOfRows, OnePass, PrefixPacked, check_backend, prefill
+from jaxsearch.models.attention import LastOfRows, OnePass, PrefixPacked, check_backend, prefill
 from jaxsearch.models.decoder import Decoder, DecoderConfig, unstack
 from jaxsearch.models.int8 import int8_weights
 from jaxsearch.numerics import wide
@@ -116,6 +116,7 @@ def answer_hidden(
     back: Array | None = None,
     *,
     backend: str = "xla",
+    alone: bool = False,
 ) -> jax.Array:
     """The hidden state at each item's last token, where its answer is read; differentiable.
 
@@ -126,6 +127,7 @@ def answer_hidden(
         items: of B queries.
         back: int [B, L, J], read J places of each item instead, each so many tokens before its last one.
         backend: of the items' attention, see `jaxsearch.models.attention.PrefixPacked`.
+        alone: each row holds one item, from its first column on; a training step then uses the decoder's backend.
 
     Returns:
         [B, L, D] or [B, L, J, D] in the compute dtype, after the final norm; 0 where there is no item.
@@ -133,11 +135,12 @@ def answer_hidden(
     where, segments = jnp.asarray(prefix_where), jnp.asarray(items.segments)
     positions = jnp.broadcast_to(jnp.arange(where.shape[1])[None], where.shape)
     x = decoder.embed(jnp.asarray(prefix_tokens))
-    _, state = decoder(x, positions, Causal(where, keep_kv=True))
+    _, state = decoder(x, positions, decoder.causal(where, keep_kv=True))
 
     x = embed_items(decoder, items)
     positions = jnp.sum(where, axis=1)[:, None, None] + items.offsets
-    hidden, _ = decoder(x, positions, PrefixPacked(where, segments, backend), state)
+    backend = decoder.training_backend(segments.shape[-1]) if alone and backend == "xla" else backend
+    hidden, _ = decoder(x, positions, PrefixPacked(where, segments, backend, alone), state)
     batch = jnp.arange(where.shape[0])[:, None]
     row, column, exists = items.last[..., 0], items.last[..., 1], jnp.asarray(items.where)
     if back is None:
@@ -231,10 +234,16 @@ def embed_items(decoder: Decoder, items: PackedItems) -> jax.Array:
 
 
 def score(
-    scorer: Scorer, prefix_tokens: Array, prefix_where: Array, items: PackedItems, *, backend: str = "xla"
+    scorer: Scorer,
+    prefix_tokens: Array,
+    prefix_where: Array,
+    items: PackedItems,
+    *,
+    backend: str = "xla",
+    alone: bool = False,
 ) -> jax.Array:
     """Label logits of every item, fp32 [B, L, C]; 0 where there is no item. Arguments as `answer_hidden`."""
-    hidden = answer_hidden(scorer.decoder, prefix_tokens, prefix_where, items, backend=backend)
+    hidden = answer_hidden(scorer.decoder, prefix_tokens, prefix_where, items, backend=backend, alone=alone)
     return read_labels(scorer, hidden)
 
 

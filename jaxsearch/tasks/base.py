@@ -63,6 +63,9 @@ class ModelConfig:
     remat: str = ""
     """What a layer keeps for the backward pass: "none" keeps all, "dots" the projections, "lean" no more than it takes to do
     no projection again, "full" its input only; empty: the preset's own choice."""
+    attention: str = ""
+    """Backend of attention in the training step: "xla" anywhere; "pallas" on TPU, JAX's splash attention; "fused" on GPU, cuDNN's in
+    bfloat16. Empty: "pallas" on TPU, else "xla"."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def load_start(config: ModelConfig, data: Dataset) -> Start:
     Raises:
       ConfigError: the checkpoint is nowhere, or the layers are more than it has.
     """
-    changes: dict[str, Any] = {"compute_dtype": config.compute_dtype} | (
+    changes: dict[str, Any] = {"compute_dtype": config.compute_dtype, "attention": config.attention} | (
         {"remat": config.remat} if config.remat else {}
     )
     if not config.init_from:
@@ -132,6 +135,7 @@ def abstract_start(config: ModelConfig) -> Start:
         layers=config.layers or sizes.layers,
         compute_dtype=config.compute_dtype,
         remat=config.remat or sizes.remat,
+        attention=config.attention,
     )
     return Start(found, sizes, None)
 

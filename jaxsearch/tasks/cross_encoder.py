@@ -261,7 +261,7 @@ class CrossEncoderTask(Task):
 
     def logits(self, model: Scorer, batch: Batch) -> jax.Array:
         """Label logits fp32 [B, L, C]."""
-        return score(model, batch["prefix"].tokens, batch["prefix"].where, batch["items"])
+        return score(model, batch["prefix"].tokens, batch["prefix"].where, batch["items"], alone=True)
 
     # --- evaluation and export -----------------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ class JudgeTask(CrossEncoderTask):
         prefix, tokens = batch["prefix"], jnp.asarray(batch["answers"])
         length = jnp.sum(tokens != NO_TOKEN, axis=-1, keepdims=True)
         back = jnp.maximum(length - jnp.arange(tokens.shape[-1])[None, None], 0)
-        hidden = answer_hidden(model.decoder, prefix.tokens, prefix.where, batch["items"], back)
+        hidden = answer_hidden(model.decoder, prefix.tokens, prefix.where, batch["items"], back, alone=True)
         return hidden, tokens
 
     def relevance(self, logits: np.ndarray) -> np.ndarray:

@@ -19,7 +19,6 @@ from jaxsearch.config import ConfigError, TaskConfig, TrainConfig, to_dict
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.losses import token_cross_entropy
-from jaxsearch.models.attention import Causal
 from jaxsearch.models.contract import Contract, save_model
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.prefill import Prefix, pad_prefixes
@@ -144,7 +143,7 @@ class LanguageModelTask(Task):
         text: Prefix = batch["text"]
         tokens, where = jnp.asarray(text.tokens), jnp.asarray(text.where)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        hidden, _ = model.decoder(model.decoder.embed(tokens), positions, Causal(where))
+        hidden, _ = model.decoder(model.decoder.embed(tokens), positions, model.decoder.causal(where))
         logits = model.decoder.logits(hidden[:, :-1])
         return Losses(
             (

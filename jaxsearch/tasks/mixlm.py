@@ -441,7 +441,7 @@ class MixLMTask(RankerTask):
     def _answers(ranker: Scorer, batch: Batch, items: PackedItems) -> tuple[jax.Array, jax.Array]:
         """Hidden states [B, L, W] of the answers, and what is read from them [B, L, C]."""
         prefix: Prefix = batch["prefix"]
-        hidden = answer_hidden(ranker.decoder, prefix.tokens, prefix.where, items)
+        hidden = answer_hidden(ranker.decoder, prefix.tokens, prefix.where, items, alone=True)
         return hidden, read_labels(ranker, hidden)
 
     def _task_terms(self, logits: jax.Array, batch: Batch) -> dict[str, Mean]:

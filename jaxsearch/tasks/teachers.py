@@ -132,7 +132,7 @@ class LiveTeacher:
 
     def targets(self, module: Scorer, prefix: Prefix, items: PackedItems) -> jax.Array:
         """Log-odds fp32 [B, L, 1], or [B, L, A]; NaN where there is no candidate or action. No gradient flows back."""
-        logits = jax.lax.stop_gradient(score(module, prefix.tokens, prefix.where, items))
+        logits = jax.lax.stop_gradient(score(module, prefix.tokens, prefix.where, items, alone=True))
         if self._objective == "relevance":
             found = read_relevance(self._kind, logits)
         else:

@@ -5,3 +5,4 @@ from jaxsearch.data.job_market.job_market_dataset_builder import VERSIONS as VER
 from jaxsearch.data.job_market.job_market_dataset_builder import Builder as Builder
 from jaxsearch.data.job_market.tables import Tables as Tables
 from jaxsearch.data.job_market.tables import load_tables as load_tables
+from jaxsearch.data.job_market.tables import prepare as prepare

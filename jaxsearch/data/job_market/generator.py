@@ -10,7 +10,7 @@ Everything follows from (`VERSION`, variant, seed): two machines make the same b
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -77,6 +77,11 @@ VARIANTS = {
 }
 
 
+def query_id(index: int) -> str:
+    """The id of a search, of jobs or of people."""
+    return f"s{index:05d}"
+
+
 def _length(name: str) -> tuple[bool, int]:
     """Names of more than two words last."""
     return len(name.split()) > 2, len(name.split())
@@ -126,6 +131,7 @@ class JobMarket:
         self.variant = variant
         self.market = VARIANTS[variant]
         self.cities = templates.CITIES[: self.market.cities]
+        self._searches: dict[int, _Search] = {}
         rng = self._rng("companies", 0)
         self.companies = templates.company_names(self.market.companies, rng.random)
         self._popularity = [normal(rng) for _ in self.companies]
@@ -228,10 +234,16 @@ class JobMarket:
     @cached_property
     def documents(self) -> list[Document]:
         """Every posting."""
-        return [self._document(i, posting) for i, posting in enumerate(self._postings)]
+        return [self.document(i) for i in range(self.size)]
 
-    def _document(self, index: int, posting: _Posting) -> Document:
-        rng = self._rng("text", index)
+    @property
+    def size(self) -> int:
+        """Number of postings."""
+        return self.market.postings
+
+    def document(self, index: int) -> Document:
+        """One posting."""
+        rng, posting = self._rng("text", index), self._postings[index]
         level, workplace = policy.LEVELS[posting.level], policy.WORKPLACES[posting.workplace]
         name = pick(rng, self.titles[posting.occupation])
         city, company = self.cities[posting.city], self.companies[posting.company]
@@ -267,8 +279,17 @@ class JobMarket:
         return split_of(beyond, self.market.precedents, self._rng("split", index).random())
 
     @cached_property
-    def _searches(self) -> list[_Search]:
-        return [self._make_search(i) for i in range(self.market.searches + self.market.precedents)]
+    def numbers(self) -> dict[str, list[int]]:
+        """The searches of each split: train 80%, dev 6%, test 14% by a hash of the number, and the precedents beside them."""
+        result: dict[str, list[int]] = {split: [] for split in SPLITS}
+        for index in range(self.market.searches + self.market.precedents):
+            result[self._split(index)].append(index)
+        return result
+
+    def _search(self, index: int) -> _Search:
+        if index not in self._searches:
+            self._searches[index] = self._make_search(index)
+        return self._searches[index]
 
     def _make_search(self, index: int) -> _Search:
         rng = self._rng("search", index)
@@ -352,14 +373,12 @@ class JobMarket:
 
     @cached_property
     def queries(self) -> dict[str, list[Query]]:
-        """Searches by split: train 80%, dev 6%, test 14% by a hash of the number, and the precedents beside them."""
-        result: dict[str, list[Query]] = {split: [] for split in SPLITS}
-        for index, search in enumerate(self._searches):
-            result[self._split(index)].append(self._query(index, search))
-        return result
+        """Searches by split."""
+        return {split: [self.query(i) for i in numbers] for split, numbers in self.numbers.items()}
 
-    def _query(self, index: int, search: _Search) -> Query:
-        rng = self._rng("query", index)
+    def query(self, index: int) -> Query:
+        """One search."""
+        rng, search = self._rng("query", index), self._search(index)
         need = search.need
         write = templates.need_text if search.told else templates.search_text
         text = write(
@@ -372,7 +391,7 @@ class JobMarket:
             draw=rng.random,
         )
         return Query(
-            id=f"s{index:05d}",
+            id=query_id(index),
             text=text,
             bucket=search.bucket,
             searcher={
@@ -386,33 +405,31 @@ class JobMarket:
 
     def grade_row(self, index: int) -> np.ndarray:
         """int [M]: the policy grade of every posting for search `index`."""
-        return policy.grades(policy.components(self._searches[index].need, self._columns, self.tiers))
+        return policy.grades(policy.components(self._search(index).need, self._columns, self.tiers))
 
     def judgments(self, split: str) -> dict[str, list[Judgment]]:
         """Graded pairs with reasons, by search. Dev and test: every posting above grade 0. Else a stratified sample."""
-        choose: Callable[[int, np.ndarray], list[int]]
-        choose = (lambda _, row: list(np.flatnonzero(row))) if split in ("dev", "test") else self._sampled
-        result = {}
-        for query in self.queries[split]:
-            index = int(query.id[1:])
-            parts = policy.components(self._searches[index].need, self._columns, self.tiers)
-            row = policy.grades(parts)
-            result[query.id] = [
-                Judgment(
-                    query.id,
-                    f"p{m:05d}",
-                    int(row[m]),
-                    policy.rationale(
-                        self._searches[index].need, {name: int(part[m]) for name, part in parts.items()}
-                    ),
-                )
-                for m in choose(index, row)
-            ]
-        return result
+        return {query.id: self.judged(int(query.id[1:])) for query in self.queries[split]}
+
+    def judged(self, index: int) -> list[Judgment]:
+        """The graded pairs of one search."""
+        need = self._search(index).need
+        parts = policy.components(need, self._columns, self.tiers)
+        row = policy.grades(parts)
+        every = self._split(index) in ("dev", "test")
+        return [
+            Judgment(
+                query_id(index),
+                f"p{m:05d}",
+                int(row[m]),
+                policy.rationale(need, {name: int(part[m]) for name, part in parts.items()}),
+            )
+            for m in (np.flatnonzero(row).tolist() if every else self._sampled(index, row))
+        ]
 
     def _sampled(self, index: int, row: np.ndarray) -> list[int]:
         """Postings worth a grade (see `draws.exchange`)."""
-        rng, need = self._rng("judged", index), self._searches[index].need
+        rng, need = self._rng("judged", index), self._search(index).need
         return exchange(
             rng,
             row > 2,
@@ -428,7 +445,7 @@ class JobMarket:
         more.market = dataclasses.replace(self.market, postings=held + count)
         graded = {}
         for query in self.queries["test"]:
-            need = self._searches[int(query.id[1:])].need
+            need = self._search(int(query.id[1:])).need
             row = policy.grades(policy.components(need, more._columns, more.tiers))[held:]
             graded[query.id] = {int(place): int(row[place]) for place in np.flatnonzero(row)}
         return more.documents[held:], graded
@@ -437,12 +454,12 @@ class JobMarket:
 
     def impressions(self, split: str) -> dict[str, list[Impression]]:
         """One page of results per search, with what the searcher did."""
-        return {query.id: self._page(query.id, int(query.id[1:])) for query in self.queries[split]}
+        return {query.id: self.page(int(query.id[1:])) for query in self.queries[split]}
 
-    def _page(self, query_id: str, index: int) -> list[Impression]:
+    def page(self, index: int) -> list[Impression]:
         """A page as an older ranker would have filled it: on the right track, noisy, fond of popular companies."""
         rng = self._rng("page", index)
-        row, search = self.grade_row(index), self._searches[index]
+        row, search = self.grade_row(index), self._search(index)
         title = self.tiers[search.need.occupation, self._columns.occupation]
         pool = sample(rng, np.flatnonzero(title > 0).tolist(), 40)
         pool += [m for m in sample(rng, range(len(row)), 20) if title[m] == 0]
@@ -454,7 +471,11 @@ class JobMarket:
         stamp = moment(rng)
         return [
             Impression(
-                query_id, f"p{m:05d}", position, self._actions(rng, search, m, int(row[m]), position), stamp
+                query_id(index),
+                f"p{m:05d}",
+                position,
+                self._actions(rng, search, m, int(row[m]), position),
+                stamp,
             )
             for position, m in enumerate(page, start=1)
         ]

@@ -1,15 +1,16 @@
 """The TFDS builder: one config per variant and table, such as `job_market/tiny_v2_documents`; no TensorFlow, no download.
 
 `load_tables` builds what is missing. (The `tfds build` command would need TensorFlow, this Python interface does not.)
+Every row follows from its number alone, once a worker has made the market's postings or members: Apache Beam makes them in any order.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jaxsearch.data.builder import ChunkedBuilder, Row
 from jaxsearch.data.job_market import generator, people
 from jaxsearch.data.job_market.generator import SPLITS, JobMarket
 from jaxsearch.data.job_market.people import PeopleMarket
@@ -29,7 +30,6 @@ VERSIONS = dict.fromkeys(generator.VARIANTS, generator.VERSION) | {
     variant + _PEOPLE: people.VERSION for variant in people.VARIANTS
 }
 """The version of each variant's generator."""
-Row = dict[str, Any]
 
 
 class Schema(NamedTuple):
@@ -64,7 +64,7 @@ def vertical_of(variant: str) -> Vertical:
 
 @lru_cache(maxsize=1)
 def _market(variant: str) -> JobMarket | PeopleMarket:
-    """The four tables of a variant are built one after the other from one market."""
+    """The four tables of a variant are built one after the other from one market; each worker of Beam makes it for itself."""
     if vertical_of(variant) == "people":
         return PeopleMarket(variant.removesuffix(_PEOPLE))
     return JobMarket(variant)
@@ -91,7 +91,7 @@ def _features(table: str, vertical: Vertical) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(pairs | {"positions": each(np.int32), "shown_at": text()} | actions)
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(ChunkedBuilder):
     """A generated job market: postings or member profiles, searches, policy grades, and impressions with actions.
 
     A judgment row holds the graded documents of one search: all above grade 0 for dev and test, where anything not listed is grade 0; a
@@ -121,32 +121,26 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         variant, _, table = self.builder_config.name.rsplit("_", 2)
         return variant, table
 
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[str, Row]]]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         variant, table = self._variant_and_table()
-        market, schema = _market(variant), SCHEMAS[vertical_of(variant)]
+        market, make = _market(variant), partial(_row, variant, table)
         if table == "documents":
-            rows = (_document_row(document, schema) for document in market.documents)
-            return {DOCUMENT_SPLIT: self._generate_examples(rows)}
-        if table == "queries":
-            return {
-                split: self._generate_examples(_query_row(query, schema) for query in market.queries[split])
-                for split in SPLITS
-            }
-        if table == "judgments":
-            return {
-                split: self._generate_examples(map(_judgments_row, market.judgments(split).items()))
-                for split in SPLITS
-            }
-        return {
-            split: self._generate_examples(map(_page_row, market.impressions(split).items()))
-            for split in SHOWN
-        }
+            return {DOCUMENT_SPLIT: self._generate_examples(make, range(market.size))}
+        splits = SHOWN if table == "impressions" else SPLITS
+        return {split: self._generate_examples(make, market.numbers[split]) for split in splits}
 
-    def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-        for row in rows:
-            yield row.get("id") or row["query_id"], row
+
+def _row(variant: str, table: str, number: int) -> Row:
+    """Document or search of this number, or what belongs to the search."""
+    market, schema = _market(variant), SCHEMAS[vertical_of(variant)]
+    if table == "documents":
+        return _document_row(market.document(number), schema)
+    if table == "queries":
+        return _query_row(market.query(number), schema)
+    query_id = generator.query_id(number)
+    if table == "judgments":
+        return _judgments_row(query_id, market.judged(number))
+    return _page_row(query_id, market.page(number))
 
 
 def _document_row(item: Document, schema: Schema) -> Row:
@@ -164,8 +158,7 @@ def _query_row(item: Query, schema: Schema) -> Row:
     }
 
 
-def _judgments_row(item: tuple[str, list[Judgment]]) -> Row:
-    query_id, judgments = item
+def _judgments_row(query_id: str, judgments: list[Judgment]) -> Row:
     return {
         "query_id": query_id,
         "document_ids": [judgment.document_id for judgment in judgments],
@@ -174,8 +167,7 @@ def _judgments_row(item: tuple[str, list[Judgment]]) -> Row:
     }
 
 
-def _page_row(item: tuple[str, list[Impression]]) -> Row:
-    query_id, page = item
+def _page_row(query_id: str, page: list[Impression]) -> Row:
     return {
         "query_id": query_id,
         "document_ids": [shown.document_id for shown in page],

@@ -27,7 +27,7 @@ from jaxsearch.data.job_market.draws import (
     split_of,
     weighted,
 )
-from jaxsearch.data.job_market.generator import PAGE, SPLITS, JobMarket
+from jaxsearch.data.job_market.generator import PAGE, SPLITS, JobMarket, query_id
 from jaxsearch.data.network import CONNECTIONS
 from jaxsearch.data.records import BUCKETS, Document, Impression, Judgment, Query
 
@@ -132,6 +132,7 @@ class PeopleMarket:
         self.surnames = templates.surnames(self.network.surnames, rng.random)
         self.schools = templates.schools(self.network.schools, rng.random)
         self._good: dict[policy.Need, np.ndarray] = {}
+        self._searches: dict[int, _Search] = {}
 
     def _rng(self, kind: str, index: int) -> random.Random:
         return random.Random(f"people {VERSION}/{self.variant}/{self.network.seed}/{kind}/{index}")
@@ -224,12 +225,20 @@ class PeopleMarket:
     @cached_property
     def documents(self) -> list[Document]:
         """Every member's profile."""
-        return [self._document(i, member) for i, member in enumerate(self._members)]
+        return [self.document(i) for i in range(self.size)]
 
-    def _document(self, index: int, member: _Member) -> Document:
-        """The place stands first and the name last: what a language model knows by heart from an earlier field, it does not learn to copy
-        from the search."""
-        rng, world = self._rng("text", index), self.world
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return self.network.members
+
+    def document(self, index: int) -> Document:
+        """One member's profile.
+
+        The place stands first and the name last: what a language model knows by heart from an earlier field, it does not learn to copy from
+        the search.
+        """
+        rng, world, member = self._rng("text", index), self.world, self._members[index]
         titles, companies = world.titles, world.companies
         held = [(member.occupation, member.company, member.years)]
         if member.earlier_occupation != policy.NOBODY:
@@ -271,8 +280,17 @@ class PeopleMarket:
         return split_of(beyond, self.network.precedents, self._rng("split", index).random())
 
     @cached_property
-    def _searches(self) -> list[_Search]:
-        return [self._make_search(i) for i in range(self.network.searches + self.network.precedents)]
+    def numbers(self) -> dict[str, list[int]]:
+        """The searches of each split, as in `generator.JobMarket`."""
+        result: dict[str, list[int]] = {split: [] for split in SPLITS}
+        for index in range(self.network.searches + self.network.precedents):
+            result[self._split(index)].append(index)
+        return result
+
+    def _search(self, index: int) -> _Search:
+        if index not in self._searches:
+            self._searches[index] = self._make_search(index)
+        return self._searches[index]
 
     def _make_search(self, index: int) -> _Search:
         rng = self._rng("search", index)
@@ -339,14 +357,13 @@ class PeopleMarket:
 
     @cached_property
     def queries(self) -> dict[str, list[Query]]:
-        """Searches by split: train 80%, dev 6%, test 14% by a hash of the number, and the precedents beside them."""
-        result: dict[str, list[Query]] = {split: [] for split in SPLITS}
-        for index, search in enumerate(self._searches):
-            result[self._split(index)].append(self._query(index, search))
-        return result
+        """Searches by split."""
+        return {split: [self.query(i) for i in numbers] for split, numbers in self.numbers.items()}
 
-    def _query(self, index: int, search: _Search) -> Query:
-        rng, need, world = self._rng("query", index), search.need, self.world
+    def query(self, index: int) -> Query:
+        """One search."""
+        rng, search, world = self._rng("query", index), self._search(index), self.world
+        need = search.need
         if need.name is not None:
             text = templates.name_text(
                 self.first_names[need.name[0]], self.surnames[need.name[1]], rng.random
@@ -362,7 +379,7 @@ class PeopleMarket:
                 draw=rng.random,
             )
         return Query(
-            id=f"s{index:05d}",
+            id=query_id(index),
             text=text,
             vertical="people",
             bucket=search.bucket,
@@ -387,31 +404,31 @@ class PeopleMarket:
 
     def grade_row(self, index: int) -> np.ndarray:
         """int [M]: the policy grade of every member for search `index`."""
-        return policy.grades(self._parts(self._searches[index].need))
+        return policy.grades(self._parts(self._search(index).need))
 
     def judgments(self, split: str) -> dict[str, list[Judgment]]:
         """Graded pairs with reasons, by search. Dev and test: every member above grade 0. Else good and bad answers, one to two."""
-        result = {}
-        for query in self.queries[split]:
-            index = int(query.id[1:])
-            need = self._searches[index].need
-            parts = self._parts(need)
-            row = policy.grades(parts)
-            chosen = np.flatnonzero(row).tolist() if split in ("dev", "test") else self._sampled(index)
-            result[query.id] = [
-                Judgment(
-                    query.id,
-                    _member_id(m),
-                    int(row[m]),
-                    policy.rationale(need, {name: int(part[m]) for name, part in parts.items()}),
-                )
-                for m in chosen
-            ]
-        return result
+        return {query.id: self.judged(int(query.id[1:])) for query in self.queries[split]}
+
+    def judged(self, index: int) -> list[Judgment]:
+        """The graded pairs of one search."""
+        need = self._search(index).need
+        parts = self._parts(need)
+        row = policy.grades(parts)
+        every = self._split(index) in ("dev", "test")
+        return [
+            Judgment(
+                query_id(index),
+                _member_id(m),
+                int(row[m]),
+                policy.rationale(need, {name: int(part[m]) for name, part in parts.items()}),
+            )
+            for m in (np.flatnonzero(row).tolist() if every else self._sampled(index))
+        ]
 
     def _sampled(self, index: int) -> list[int]:
         """Members worth a grade (see `draws.exchange`)."""
-        rng, search = self._rng("judged", index), self._searches[index]
+        rng, search = self._rng("judged", index), self._search(index)
         return exchange(
             rng,
             self._answers(search.need),
@@ -425,7 +442,7 @@ class PeopleMarket:
 
     def impressions(self, split: str) -> dict[str, list[Impression]]:
         """One page of results per search, with what the searcher did."""
-        return {query.id: self._page(query.id, int(query.id[1:])) for query in self.queries[split]}
+        return {query.id: self.page(int(query.id[1:])) for query in self.queries[split]}
 
     def _distance(self, search: _Search, m: int) -> int:
         """1, 2 or 3, as `network.distance` finds it in the records."""
@@ -433,10 +450,10 @@ class PeopleMarket:
             return 1
         return 3 if self._connections[m].isdisjoint(search.known) else 2
 
-    def _page(self, query_id: str, index: int) -> list[Impression]:
+    def page(self, index: int) -> list[Impression]:
         """A page as an older ranker would have filled it: on the right track, noisy, fond of near and popular members."""
         rng = self._rng("page", index)
-        row, search = self.grade_row(index), self._searches[index]
+        row, search = self.grade_row(index), self._search(index)
         right, some = np.flatnonzero(row > 2).tolist(), np.flatnonzero((row > 0) & (row <= 2)).tolist()
         pool = sample(rng, right, 16) + sample(rng, some, 24)
         pool += [m for m in search.known if row[m] > 0 and m not in pool]
@@ -450,7 +467,7 @@ class PeopleMarket:
         stamp = moment(rng)
         return [
             Impression(
-                query_id,
+                query_id(index),
                 _member_id(m),
                 position,
                 self._actions(rng, search, m, int(row[m]), position),

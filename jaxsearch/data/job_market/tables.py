@@ -1,10 +1,11 @@
 """`job_market` in memory: builds the tables where they are missing, reads them through TFDS, checks every record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxsearch.data.builder import download_config
 from jaxsearch.data.job_market.generator import SPLITS
 from jaxsearch.data.job_market.job_market_dataset_builder import (
     DOCUMENT_SPLIT,
@@ -33,23 +34,39 @@ class Tables:
     """Query id -> one page of results, for queries of train, dev and test."""
 
 
-def load_tables(variant: str, data_dir: str | Path | None = None) -> Tables:
-    """Reads `job_market` from `data_dir` (default: TFDS's own), after building there what is missing.
+def prepare(
+    variant: str, data_dir: str | Path | None = None, beam: Sequence[str] | None = None
+) -> dict[str, Builder]:
+    """Builders by table, after building in `data_dir` (default: TFDS's own) what is missing.
+
+    Args:
+      beam: pipeline options of Apache Beam, whose workers then make the rows; None to make them here.
 
     Raises:
       ValueError: no such variant.
+      InputError: Apache Beam is asked for and not installed.
     """
     if variant not in VERSIONS:
         raise ValueError(f"job_market variant is {variant!r}: use one of {', '.join(VERSIONS)}")
-    vertical, config = vertical_of(variant), f"{variant}_{VERSIONS[variant]}"
+    config = f"{variant}_{VERSIONS[variant]}"
     builders = {
         table: Builder(config=f"{config}_{table}", data_dir=data_dir, file_format="array_record")
         for table in TABLES
     }
     for builder in builders.values():
         if not builder.is_prepared():
-            builder.download_and_prepare()
-    read = {table: builder.as_data_source() for table, builder in builders.items()}
+            builder.download_and_prepare(download_config=download_config(beam))
+    return builders
+
+
+def load_tables(variant: str, data_dir: str | Path | None = None) -> Tables:
+    """Reads `job_market` from `data_dir` (default: TFDS's own), after building there what is missing.
+
+    Raises:
+      ValueError: no such variant.
+    """
+    vertical = vertical_of(variant)
+    read = {table: builder.as_data_source() for table, builder in prepare(variant, data_dir).items()}
     documents = sorted(
         (_document(row, vertical) for row in read["documents"][DOCUMENT_SPLIT]), key=lambda item: item.id
     )

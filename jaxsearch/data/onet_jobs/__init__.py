@@ -8,3 +8,4 @@ from jaxsearch.data.onet_jobs.rerank_lists import RerankListError as RerankListE
 from jaxsearch.data.onet_jobs.rerank_lists import load_rerank_lists as load_rerank_lists
 from jaxsearch.data.onet_jobs.tables import Tables as Tables
 from jaxsearch.data.onet_jobs.tables import load_tables as load_tables
+from jaxsearch.data.onet_jobs.tables import prepare as prepare

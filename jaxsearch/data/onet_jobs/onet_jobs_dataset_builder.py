@@ -6,13 +6,14 @@
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jaxsearch.data.builder import ChunkedBuilder, Row
 from jaxsearch.data.onet_jobs.release import Occupation, read_release
 from jaxsearch.data.onet_jobs.selection import (
     SPLITS,
@@ -25,7 +26,6 @@ from jaxsearch.data.onet_jobs.selection import (
 
 TABLES = ("documents", "queries", "judgments")
 DOCUMENT_SPLIT = "corpus"
-Row = dict[str, Any]
 
 
 def _features(table: str) -> tfds.features.FeaturesDict:
@@ -54,7 +54,7 @@ def _features(table: str) -> tfds.features.FeaturesDict:
     )
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(ChunkedBuilder):
     """Occupations as documents, alternate titles as queries, graded 4/3/2/1/0 by O*NET's own relations.
 
     A judgment row lists the documents of one query whose grade is not 0: anything not listed is grade 0.
@@ -85,9 +85,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[str, Row]]]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        """Which titles are queries hangs on all titles together and is found out here; rows may then be made by workers of Beam."""
         release = read_release(_release_folder(dl_manager))
         selection = select_queries(release)
         documents = {item.code: item for item in release.occupations if item.tasks}
@@ -100,18 +99,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         )
         table = self.builder_config.name
         if table == "documents":
-            return {DOCUMENT_SPLIT: self._generate_examples(map(_document_row, documents.values()))}
+            return {DOCUMENT_SPLIT: self._generate_examples(_document_row, list(documents.values()))}
         row = _query_row if table == "queries" else partial(_judgment_row, documents=documents)
         return {
             split: self._generate_examples(
-                [row(query) for query in selection.queries if query.split == split]
+                row, [query for query in selection.queries if query.split == split]
             )
             for split in SPLITS
         }
-
-    def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-        for row in rows:
-            yield row.get("id") or row["query_id"], row
 
 
 def _release_folder(dl_manager: tfds.download.DownloadManager) -> Any:

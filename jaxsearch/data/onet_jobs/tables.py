@@ -1,14 +1,13 @@
 """`onet_jobs` in memory: builds the tables that are missing, reads them through TFDS, checks every record."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-
+from jaxsearch.data.builder import download_config
 from jaxsearch.data.onet_jobs.onet_jobs_dataset_builder import DOCUMENT_SPLIT, TABLES, Builder
 from jaxsearch.data.onet_jobs.release import ReleaseError, file_hashes
 from jaxsearch.data.onet_jobs.selection import SPLITS
@@ -46,16 +45,22 @@ class Tables:
         return next(document for document, grade in self.grades[query_id].items() if grade == 4)
 
 
-def load_tables(data_dir: str | Path | None = None, manual_dir: str | Path | None = None) -> Tables:
-    """Reads `onet_jobs` from `data_dir`, after building there what is missing.
+def prepare(
+    data_dir: str | Path | None = None,
+    manual_dir: str | Path | None = None,
+    beam: Sequence[str] | None = None,
+) -> dict[str, Builder]:
+    """Builders by table, after building in `data_dir` what is missing.
 
     Args:
       data_dir: TFDS's folder of prepared data (its default: `~/tensorflow_datasets`).
       manual_dir: folder of the release's text files (default: the environment variable ONET_DIR). Not needed
         once the tables are built; where it is given, the tables must have been built from these very files.
+      beam: pipeline options of Apache Beam, whose workers then make the rows; None to make them here.
 
     Raises:
       ReleaseError: the release files are missing or bad, or the tables in `data_dir` come from other files.
+      InputError: Apache Beam is asked for and not installed.
     """
     source = manual_dir or os.environ.get("ONET_DIR")
     builders = {
@@ -63,8 +68,18 @@ def load_tables(data_dir: str | Path | None = None, manual_dir: str | Path | Non
     }
     for builder in builders.values():
         if not builder.is_prepared():
-            _build(builder, source)
+            _build(builder, source, beam)
     _same_source(builders, source)
+    return builders
+
+
+def load_tables(data_dir: str | Path | None = None, manual_dir: str | Path | None = None) -> Tables:
+    """Reads `onet_jobs` from `data_dir`, after building there what is missing (arguments as `prepare`).
+
+    Raises:
+      ReleaseError: the release files are missing or bad, or the tables in `data_dir` come from other files.
+    """
+    builders = prepare(data_dir, manual_dir)
     read = {table: builder.as_data_source() for table, builder in builders.items()}
     rows = list(read["documents"][DOCUMENT_SPLIT])
     documents = sorted((_document(row) for row in rows), key=lambda document: document.id)
@@ -88,14 +103,14 @@ def load_tables(data_dir: str | Path | None = None, manual_dir: str | Path | Non
     return Tables(documents, queries, grades, held_out, dict(builders["documents"].info.metadata))
 
 
-def _build(builder: Builder, source: str | Path | None) -> None:
+def _build(builder: Builder, source: str | Path | None, beam: Sequence[str] | None) -> None:
     if source is None:
         raise ReleaseError(
             f"{builder.data_dir} is not built yet and no release is named. "
             f"{builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
         )
     file_hashes(source)  # names what is missing before TFDS starts to write
-    config = tfds.download.DownloadConfig(manual_dir=source, try_download_gcs=False)
+    config = download_config(beam, manual_dir=source, try_download_gcs=False)
     builder.download_and_prepare(download_config=config)
 
 
