@@ -55,7 +55,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 """What is changed. Without stage I the ranker starts from the language model that has not learned from the judge."""
 PAPER = {
-    "full": "98.0% of full text", "long": "98.0% of full text", "tokens_5": "+.0017", "tokens_10": "+.0044", "tokens_20": "+.0111", "tokens_50": "+.0198",
+    "full": "98.0% of full text", "long": "98.0% of full text",
+    "tokens_5": "+.0017", "tokens_10": "+.0044", "tokens_20": "+.0111", "tokens_50": "+.0198",
     "no_alignment": "-.0017", "no_distillation": "-.0094", "labels_alone": "-.0108", "one_phase": "-.0020",
     "no_stage_1": "-.0185",
 }  # fmt: skip

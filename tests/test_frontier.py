@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from small_market import TEACHER, Funnel, filled
 from test_tasks import build, configured
 
+from jaxsearch.config import load_config, to_dict
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.records import Query
 from jaxsearch.errors import InputError
@@ -175,3 +177,23 @@ def test_untrained_models_have_the_sizes_of_trained_ones(
     assert pruned.contract.architecture.mlp_width == full.contract.architecture.mlp_width // 2
     assert chain.retriever().contract.kind == "bi_encoder"
     assert chain.ranker().hash == full.hash  # kept, not made again
+
+
+def test_a_stage_trained_before_a_setting_existed_counts_as_trained_with_its_default(
+    frontier: Any, tmp_path: Path
+) -> None:
+    stages = importlib.import_module("stages")
+    config = load_config("configs/ranker.py:tiny", [])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    settings = json.loads(json.dumps(to_dict(config)))
+    del settings["task"]["prompt"]["longest_first"]
+    (folder / "contract.json").write_text(json.dumps({"training": settings}))
+    assert stages.finished(tmp_path, config)
+    other = load_config("configs/ranker.py:tiny", ["--task.prompt.longest-first", "True"])
+    with pytest.raises(InputError, match=r"task\.prompt\.longest_first False \(not True\)"):
+        stages.finished(tmp_path, other)
+    del settings["steps"]
+    (folder / "contract.json").write_text(json.dumps({"training": settings}))
+    with pytest.raises(InputError, match=r"steps None \(not 440\)"):
+        stages.finished(tmp_path, config)

@@ -133,7 +133,9 @@ def test_what_the_first_stages_find_is_scored(funnel: Funnel, judge: Model, tmp_
     assert report.pairs == sum(len(p.documents) for p in pairs)
     _, scores = read_scores(tmp_path, data.fingerprint)
     (direct,) = make_scorer(judge, data.documents)([data.queries["train"][2]], [pairs[2].documents])
-    np.testing.assert_allclose(np.stack([scores[2, int(row)] for row in pairs[2].documents]), direct, atol=1e-5)
+    np.testing.assert_allclose(
+        np.stack([scores[2, int(row)] for row in pairs[2].documents]), direct, atol=1e-5
+    )
     with pytest.raises(StoreError, match="source 'first 3' \\(not 'first 4'\\)"):
         label(judge, data, tmp_path, pairs=pairs, source="first 4")
 

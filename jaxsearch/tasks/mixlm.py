@@ -434,7 +434,9 @@ class MixLMTask(RankerTask):
         """What belongs to each `text_every`-th query, documents left out."""
         every = slice(None, None, self.config.text_every)
         return {
-            name: jax.tree.map(lambda x: x[every], part) for name, part in batch.items() if name != "documents"
+            name: jax.tree.map(lambda x: x[every], part)
+            for name, part in batch.items()
+            if name != "documents"
         }
 
     @staticmethod
