@@ -4,7 +4,7 @@
     .venv-tpu/bin/python benchmarks/compile_table.py --jsonl benchmarks/results/compile.jsonl
     .venv-tpu/bin/python benchmarks/compile_table.py --show benchmarks/results/compile.jsonl
 
-Two to ten minutes a row on one core; rows that the file holds already are left out. Each device (or group of tensor-parallel devices) takes
+Two to ten minutes a row on one core; rows that the file holds already are left out. Each device takes
 one query with all its candidates at a time, by accumulation, except for the retriever and MixLM, whose batches cannot be cut.
 """
 
@@ -22,11 +22,9 @@ from jaxsearch.aot.check import weak_scaling
 ROOT = Path(__file__).resolve().parent.parent
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v6e:4x4", "v5p:4x4x4")
 STORED = ("--task.relevance-teachers", "any", "--task.engagement-teachers", "any")
-XLA = ("--task.model.attention", "xla")
 ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     # name: configuration, its batch size where it can be cut (else 0), further options
     "ranker 0.6B": ("configs/ranker.py:qwen3_0_6b", 128, STORED),
-    "ranker 0.6B, attention by XLA": ("configs/ranker.py:qwen3_0_6b", 128, (*STORED, *XLA)),
     "ranker 0.6B, two 1.7B teachers online": (
         "configs/ranker.py:qwen3_0_6b",
         128,
@@ -40,14 +38,11 @@ ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
         ),
     ),
     "MixLM 0.6B + 0.6B": ("configs/mixlm.py:qwen3_0_6b", 0, STORED),
+    # Where the batch of the row above is too large.
     "MixLM 0.6B + 0.6B, batch 64": ("configs/mixlm.py:qwen3_0_6b", 0, (*STORED, "--batch-size", "64")),
     "retriever 0.6B": ("configs/retriever.py:qwen3_0_6b", 0, ()),
-    "retriever 0.6B, attention by XLA": ("configs/retriever.py:qwen3_0_6b", 0, XLA),
     "judge 8B": ("configs/judge.py:qwen3_8b", 64, ()),
-    "judge 8B, tensor 4": ("configs/judge.py:qwen3_8b", 64, ("--mesh.tensor", "4")),
 }
-TENSOR = {"judge 8B, tensor 4": 4}
-"""Devices that share a query, where it is more than one."""
 LARGE = 256
 """Chips that weak scaling is carried on to."""
 ASSUMPTIONS = """Weak scaling: the batch per device stays, and the speed of a device is compared with that of one alone. Left: compute and
@@ -60,7 +55,7 @@ def command(name: str, topology: str) -> list[str]:
     """The compile check of one row."""
     config, batch, options = ROWS[name]
     devices = math.prod(map(int, topology.partition(":")[2].split("x")))
-    cut = ["--accumulation", str(max(1, batch * TENSOR.get(name, 1) // devices))] if batch else []
+    cut = ["--accumulation", str(max(1, batch // devices))] if batch else []
     return ["tpu_setup/compile_check.py", "--topology", topology, "--config", config, *options, *cut]
 
 
