@@ -118,3 +118,34 @@ def test_damaged_meta(tmp_path: Path, change: dict | None) -> None:
     for use in (lambda: read_scores(tmp_path, WHO.fingerprint), lambda: ScoreStore(tmp_path, WHO)):
         with pytest.raises(StoreError, match=r"store\.json is damaged"):
             use()
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    for name in ("bundle.json", "a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(
+        StoreError, match=r"holds other files \(a, b, bundle\.json, \.\.\.\): give a new folder"
+    ):
+        ScoreStore(tmp_path, WHO)
+    with pytest.raises(StoreError, match=r"bundle\.json is a file: give a new folder"):
+        ScoreStore(tmp_path / "bundle.json", WHO)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "bundle.json", "c"]
+
+
+def test_what_a_stopped_job_left_is_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "store.json.1234.tmp").write_text("{")
+    assert ScoreStore(tmp_path, WHO).missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ({"summariser": "a", "method": "m", "format": 1}, "summaries"),
+        ({"encoder": "a", "width": 4}, "embeddings"),
+    ],
+)
+def test_stores_of_another_kind_are_not_damaged(tmp_path: Path, values: dict, kind: str) -> None:
+    (tmp_path / META).write_text(json.dumps(values))
+    for use in (lambda: read_scores(tmp_path, WHO.fingerprint), lambda: ScoreStore(tmp_path, WHO)):
+        with pytest.raises(StoreError, match=f"is a store of {kind}: give one of `serve.py label`"):
+            use()

@@ -15,6 +15,7 @@ from jaxsearch.compression.extractive import Extractive, Truncation, plain_text,
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.prompts import PromptConfig, PromptRoom
 from jaxsearch.data.records import Document, RecordError, to_dict
+from jaxsearch.data.score_store import ScoreStore, StoreMeta
 from jaxsearch.data.summaries import (
     META,
     SummaryStore,
@@ -278,6 +279,12 @@ def test_places_and_corpora_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SummaryStoreError, match="not empty and holds no store of summaries"):
         summarise_documents(Counting(), documents(), tmp_path)
+    ScoreStore(tmp_path / "scores", StoreMeta("m", "judge", "small", "f", ("0",), queries=1, per_query=0))
+    for use in (SummaryStore.open, lambda folder: summarise_documents(Counting(), documents(), folder)):
+        with pytest.raises(
+            SummaryStoreError, match="scores is a store of scores: give one of `serve.py summarise`"
+        ):
+            use(tmp_path / "scores")
     with pytest.raises(SummaryStoreError, match="0 documents in parts of 256"):
         summarise_documents(Counting(), [], tmp_path / "s")
     with pytest.raises(RecordError, match="occurs twice"):

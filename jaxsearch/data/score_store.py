@@ -6,6 +6,7 @@ all. Reading refuses a store that is unfinished, or that belongs to other data t
 
 import json
 import os
+import uuid
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxsearch.data.store_kinds import other_kind
 from jaxsearch.errors import InputError
 
 META = "store.json"
@@ -54,20 +56,28 @@ class ScoreStore:
     """One store, new or existing.
 
     Args:
-      folder: of the store; made if need be.
+      folder: of the store; made if need be, or empty.
       meta: what is to be written. An existing store must say the same.
 
     Raises:
-      StoreError: the folder holds a store of something else.
+      StoreError: the folder holds a store of something else, or other files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], meta: StoreMeta):
         self.folder, self.meta = Path(folder), meta
+        if self.folder.exists() and not self.folder.is_dir():
+            raise StoreError(f"{folder} is a file: give a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Looked at before `store.json` is: another process of this job may be writing it right now.
+        others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(META))
         if (self.folder / META).is_file():
             _refuse_difference(self.folder, _read_meta(self.folder), meta)
+        elif others:
+            shown = ", ".join([*others[:3], *(["..."] if len(others) > 3 else [])])
+            raise StoreError(f"{folder} holds other files ({shown}): give a new folder")
         else:
-            temporary = self.folder / (META + ".tmp")
+            # A name of its own: several processes begin one store together.
+            temporary = self.folder / f"{META}.{uuid.uuid4().hex}.tmp"
             temporary.write_text(json.dumps(asdict(meta), indent=1) + "\n")
             os.replace(temporary, self.folder / META)
 
@@ -161,9 +171,13 @@ def _read_meta(folder: Path) -> StoreMeta:
         raise StoreError(f"{folder} holds no score store ({META}): run the labelling job first")
     try:
         values = json.loads(path.read_text())
+        if other := other_kind(folder, values, "scores"):
+            raise StoreError(other)
         meta = StoreMeta(**{**values, "columns": tuple(values["columns"])})
         if meta.shard < 1 or meta.queries < 0:
             raise ValueError(f"shard is {meta.shard}, queries {meta.queries}")
+    except StoreError:
+        raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StoreError(
             f"{path} is damaged ({error}): delete the folder and run the labelling job again"

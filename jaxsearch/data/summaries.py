@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.jsonl import BadRow, read_rows, write_lines
 from jaxsearch.data.records import Document, content_hash, unique_ids
+from jaxsearch.data.store_kinds import other_kind
 from jaxsearch.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -268,6 +269,8 @@ def _read_meta(root: Path) -> SummaryMeta | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if other := other_kind(root, values, "summaries"):
+            raise SummaryStoreError(other)
         if values.get("format") != FORMAT:
             raise ValueError(f"format is {values.get('format')!r}, this version reads {FORMAT}")
         meta = SummaryMeta(**values)
@@ -276,6 +279,8 @@ def _read_meta(root: Path) -> SummaryMeta | None:
                 raise ValueError(f"{name} is {value!r}")
         if not _FILE.fullmatch(meta.file):
             raise ValueError(f"file is {meta.file!r}")
+    except SummaryStoreError:
+        raise
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SummaryStoreError(f"{path} is damaged ({error}): delete the store and make it anew") from error
     return meta

@@ -28,6 +28,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from jaxsearch.data.records import Document, content_hash, unique_ids
+from jaxsearch.data.store_kinds import other_kind
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import ContractError, MixLMPart, Model
 from jaxsearch.scoring.mixed import Fetch, make_document_embedder
@@ -289,6 +290,8 @@ def _read_meta(kv: Any, where: str) -> EmbeddingMeta | None:
         return None
     try:
         values = json.loads(text)
+        if other := other_kind(where, values, "embeddings"):
+            raise EmbeddingStoreError(other)
         if values.get("format") != FORMAT:
             raise ValueError(f"format is {values.get('format')!r}, this version reads {FORMAT}")
         meta = EmbeddingMeta(**values)
@@ -299,6 +302,8 @@ def _read_meta(kv: Any, where: str) -> EmbeddingMeta | None:
             raise ValueError(
                 f"dtype is {meta.dtype}, tokens {meta.tokens}, width {meta.width}, rows {meta.rows}"
             )
+    except EmbeddingStoreError:
+        raise
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise EmbeddingStoreError(
             f"{where}/{META} is damaged ({error}): delete the store and build it anew"
