@@ -116,6 +116,7 @@ def measure(dtype: str, options: argparse.Namespace) -> bool:
             "mixlm": [
                 "--task.relevance-teachers", store, "--task.engagement-teachers", store, "--task.labels", judge,
                 "--task.candidates", "3", "--task.tokens", "2", "--task.text-weight", "0.5", "--task.curriculum", "0.5",
+                "--task.text-every", "1",
                 "--task.encoder.vocab-size", "295", "--task.encoder.preset", "tiny",
             ],
         }  # fmt: skip

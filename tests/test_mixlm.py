@@ -447,3 +447,35 @@ def test_evaluation_tells_embeddings_text_and_chance_apart(task: MixLMTask, pair
         assert {f"dev/{way}{name}" for way in ("", "text/", "shuffled/")} <= figures.keys()
     assert {f"dev/auroc/{name}" for name in ACTIONS["jobs"]} <= figures.keys()
     assert len({round(figures[f"dev/{way}ndcg@10"], 6) for way in ("", "text/", "shuffled/")}) > 1
+
+
+def test_queries_that_are_read_as_text_are_shared_by_all_devices(task: MixLMTask, pair: MixLM) -> None:
+    some, batch = changed(task, text_weight=0.5, text_every=2), task.batch(np.arange(4), rngs(0, 4))
+
+    def losses(task: MixLMTask) -> Any:
+        return nnx.eval_shape(lambda pair: task.loss(pair, batch, jax.random.key(0)).value(), pair)
+
+    losses(some)  # one device
+    mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        losses(some)
+    with (
+        jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))),
+        pytest.raises(ConfigError, match=r"text_every is 2: batch_size 4 must be a multiple .* = 8"),
+    ):
+        losses(some)
+
+
+def test_text_of_a_part_of_a_batch(task: MixLMTask, pair: MixLM) -> None:
+    """Each second query is read as text: the text terms are those of a batch of these queries alone."""
+    settings = OFF | {"distill_weight": 1.0, "text_weight": 1.0}
+    batch = task.batch(np.arange(4), rngs(0, 4))
+    half = {k: jax.tree.map(lambda x: x[::2], v) if k != "documents" else v for k, v in batch.items()}
+    key = jax.random.key(0)
+    found = changed(task, **settings, text_every=2).loss(pair, batch, key).terms()
+    whole = changed(task, **settings, text_every=1).loss(pair, batch, key).terms()
+    alone = changed(task, **settings, text_every=1).loss(pair, half, key).terms()
+    for name in ("text_kl", "text_listwise", "text_engagement"):
+        np.testing.assert_allclose(found[name], alone[name], rtol=1e-5)
+        assert float(whole[name][1]) > float(found[name][1])
+    np.testing.assert_allclose(found["kl"], whole["kl"], rtol=1e-5)

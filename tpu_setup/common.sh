@@ -29,9 +29,9 @@ fail() {
   exit 2
 }
 
-# The value of an option, or an end that names the option.
+# The value of an option, or an end that names the option. A forgotten value must not swallow the next option: that may be --dry-run.
 value() {
-  [[ $# -ge 2 && -n $2 ]] || fail "$1 needs a value"
+  [[ $# -ge 2 && -n $2 && $2 != -* ]] || fail "$1 needs a value"
   printf '%s' "$2"
 }
 
@@ -75,10 +75,13 @@ on_workers() {
   tpu tpu-vm ssh "$NAME" "--worker=${WORKER:-all}" --command "$1"
 }
 
+describe() {
+  tpu queued-resources describe "$NAME" --format 'value(state.state)'
+}
+
 # The state of the queued resource: ACTIVE, SUSPENDED, ...; ABSENT where there is none.
 state() {
-  gcloud compute tpus queued-resources describe "$NAME" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"} \
-    --format 'value(state.state)' 2>/dev/null || echo ABSENT
+  describe 2>/dev/null || echo ABSENT
 }
 
 # The words of a command as one line for a remote shell.

@@ -34,12 +34,15 @@ if [[ -z $RUNTIME ]]; then
     v5litepod-*) RUNTIME=v2-alpha-tpuv5-lite ;;
     v5p-*) RUNTIME=v2-alpha-tpuv5 ;;
     v6e-*) RUNTIME=v2-alpha-tpuv6e ;;
-    *) fail "no image is known for type $TYPE: give --runtime" ;;
+    *) fail "no image is known for type $TYPE: give v5litepod-N, v6e-N, v4-N, v5p-N, or --runtime" ;;
   esac
 fi
+[[ $TYPE =~ ^[a-z0-9]+-[1-9][0-9]*$ ]] || fail "--type is $TYPE: give a family and a whole number, such as v5litepod-16"
 
 tpu queued-resources create "$NAME" --node-id "$NAME" --accelerator-type "$TYPE" --runtime-version "$RUNTIME" "${TERMS[@]}"
-if ((DRY_RUN || !WAIT)); then
+((WAIT)) || exit 0
+if ((DRY_RUN)); then
+  echo "$(describe)  # every 30 s until it says ACTIVE; FAILED, SUSPENDED or no answer: ends with status 1"
   exit 0
 fi
 while true; do

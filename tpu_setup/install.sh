@@ -21,6 +21,12 @@ while (($#)); do
   esac
 done
 need_zone
+if [[ -n $MOUNT && ! $MOUNT =~ ^[^/[:space:]]+:/([^/].*)?$ ]]; then
+  fail "--mount is $MOUNT: give HOST:/SHARE, such as 10.0.0.2:/share"
+fi
+
+# From here on status 2 would be a worker's, and for resume.sh it means bad options.
+trap 'status=$?; ((status != 2)) || exit 1' EXIT
 
 archive=/tmp/jaxsearch-$NAME.tar.gz
 run git -C "$HERE/.." archive --format tar.gz --output "$archive" HEAD

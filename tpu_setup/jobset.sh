@@ -10,7 +10,7 @@
 #   --image IMAGE        where the image is pushed and pulled from
 #   --accelerator NAME   tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice or tpu-v6e-slice
 #   --topology SHAPE     of the slice, such as 4x4
-#   --hosts N            its virtual machines
+#   --hosts N            its virtual machines: N times --chips are the chips of the topology
 #   --chips N            chips of one virtual machine (default 4)
 #   --claim NAME         the volume claim (default jaxsearch)
 #   --no-build           the image is there already
@@ -39,6 +39,17 @@ done
 for name in IMAGE ACCELERATOR TOPOLOGY HOSTS; do
   [[ -n ${!name} ]] || fail "--${name,,} is missing"
 done
+case $ACCELERATOR in
+  tpu-v4-podslice | tpu-v5-lite-podslice | tpu-v5p-slice | tpu-v6e-slice) ;;
+  *) fail "--accelerator is $ACCELERATOR: give tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice or tpu-v6e-slice" ;;
+esac
+[[ $TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "--topology is $TOPOLOGY: give two or three whole numbers, such as 4x4"
+for name in HOSTS CHIPS; do
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "--${name,,} is ${!name}: give a whole number of at least 1"
+done
+slice=$((${TOPOLOGY//x/*}))
+((slice % CHIPS == 0)) || fail "--chips is $CHIPS: the $slice chips of --topology $TOPOLOGY are no multiple of it"
+((HOSTS * CHIPS == slice)) || fail "--hosts is $HOSTS: --topology $TOPOLOGY has $slice chips, $CHIPS to a host: give --hosts $((slice / CHIPS))"
 (($#)) || fail "no command: give it behind --, such as -- train.py --config ... --workdir ..."
 
 # Fields of jobset.yaml as ${NAME}; the command as a JSON list, which YAML reads.

@@ -4,7 +4,7 @@
 #   tpu_setup/logs.sh --zone us-west4-a --worker 0 --follow
 #
 # Options:
-#   --worker N         one worker; default: all
+#   --worker N         one worker, or all (default all)
 #   --follow           go on showing new lines (of one worker)
 #   --lines N          last lines (default 50)
 #   --fetch FOLDER     copy a worker's whole log to FOLDER/N.log instead (worker 0 without --worker)
@@ -25,6 +25,7 @@ while (($#)); do
   esac
 done
 need_zone
+[[ $WORKER =~ ^(all|[0-9]+)$ ]] || fail "--worker is $WORKER: give the number of a worker, or all"
 [[ $LINES =~ ^[0-9]+$ ]] || fail "--lines is $LINES: give a whole number"
 if [[ -n $FOLLOW && $WORKER == all ]]; then
   fail "--follow shows one worker: add --worker 0"

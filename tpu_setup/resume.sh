@@ -6,10 +6,12 @@
 #
 # Ends with the command's success, when it fails on a slice that is still there (a fault of its own), or after --tries tries. Exit codes
 # 75 to 77 (saved at SIGTERM, stalled, a process lost) are no fault of its own: it is started again on the same slice.
-# The workdir must outlive the slice: a share (--mount). The slice is deleted at the end.
+# The workdir must outlive the slice: a folder of the share (--mount), below /mnt/jaxsearch. The slice is deleted at the end, but never
+# because create.sh or install.sh refuses its options (status 2).
 #
 # Options:
 #   --type TYPE          as in create.sh
+#   --runtime VERSION    as in create.sh
 #   --mount HOST:/SHARE  as in install.sh
 #   --on-demand          not spot
 #   --tries N            slices to ask for at most (default 20)
@@ -17,12 +19,13 @@
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 
-TYPE='' MOUNT=() TERMS=(--spot) TRIES=20
+TYPE='' RUNTIME=() MOUNT=() TERMS=(--spot) TRIES=20
 parse_common "$@"
 set -- "${ARGS[@]}"
 while (($#)); do
   case $1 in
     --type) TYPE=$(value "$@"); shift 2 ;;
+    --runtime) RUNTIME=(--runtime "$(value "$@")"); shift 2 ;;
     --mount) MOUNT=(--mount "$(value "$@")"); shift 2 ;;
     --on-demand) TERMS=(); shift ;;
     --tries) TRIES=$(value "$@"); shift 2 ;;
@@ -34,16 +37,32 @@ need_zone
 [[ -n $TYPE ]] || fail "--type is missing: name the accelerator type, such as v5litepod-16"
 [[ $TRIES =~ ^[1-9][0-9]*$ ]] || fail "--tries is $TRIES: give a whole number of at least 1"
 (($#)) || fail "no command: give it behind --, such as -- train.py --config ... --workdir ..."
+before=''
+for word in "$@"; do
+  if [[ $before == --workdir || $word == --workdir=* ]]; then
+    workdir=${word#--workdir=}
+    [[ $workdir == /mnt/jaxsearch/* ]] || fail "--workdir is $workdir, which is lost with the slice: give a folder below /mnt/jaxsearch, and --mount"
+    ((${#MOUNT[@]})) || fail "--workdir is $workdir, but no share is mounted there: give --mount HOST:/SHARE"
+  fi
+  before=$word
+done
 
 common=(--name "$NAME" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
 if ((DRY_RUN)); then
   common+=(--dry-run)
-  TRIES=1
 fi
+create=("$HERE/create.sh" "${common[@]}" --type "$TYPE" "${RUNTIME[@]}" "${TERMS[@]}")
+install=("$HERE/install.sh" "${common[@]}" "${MOUNT[@]}")
+# Options that they refuse end here, before anything is made or deleted.
+"${create[@]}" --dry-run >/dev/null
+"${install[@]}" --dry-run >/dev/null
 
 for ((try = 1; try <= TRIES; try++)); do
   echo "slice $try of at most $TRIES" >&2
-  if "$HERE/create.sh" "${common[@]}" --type "$TYPE" "${TERMS[@]}" && "$HERE/install.sh" "${common[@]}" "${MOUNT[@]}"; then
+  status=0
+  { "${create[@]}" && "${install[@]}"; } || status=$?
+  ((status != 2)) || fail "an option was refused, see above: nothing was deleted"
+  if ((!status)); then
     status=75
     while ((status >= 75 && status <= 77 && try <= TRIES)) && { ((DRY_RUN)) || [[ $(state) == ACTIVE ]]; }; do
       status=0
@@ -57,6 +76,7 @@ for ((try = 1; try <= TRIES; try++)); do
       exit "$status"
     fi
     if ((!status)); then
+      ((!DRY_RUN)) || echo "if the slice is taken away before the command's end: deleted, and all of this again" >&2
       "$HERE/delete.sh" "${common[@]}"
       exit 0
     fi
