@@ -1,4 +1,4 @@
-"""Scoring throughput: our five modes and the peers on the same weights and tokens, beside the machine's own matmul limit.
+"""Scoring throughput: our modes and the peers on the same weights and tokens, beside the machine's own matmul limit.
 
     python benchmarks/scoring.py --jsonl benchmarks/results/scoring.jsonl
     python benchmarks/scoring.py --workloads short mixlm_50 --impl ours --calls 5            # a quick look
@@ -299,6 +299,14 @@ def main() -> None:
     parser.add_argument("--peer-python", default=".venv-peers/bin/python", help="of the peers' environment")
     parser.add_argument("--jsonl", type=Path, help="append the results to this file")
     options = parser.parse_args()
+    if options.calls < 0:
+        parser.error(f"--calls is {options.calls}: give 1 or more, or leave it out")
+    if options.gguf and not options.gguf.is_file():
+        parser.error(f"--gguf is {options.gguf}: there is no such file")
+    if set(options.impl) != {"ours"} and not Path(options.peer_python).is_file():
+        parser.error(
+            f"--peer-python is {options.peer_python}: there is no such file (or ask for --impl ours)"
+        )
     scorer = make_scorer(options)
     c = scorer.decoder.config
     shapes = [(size, size, size) for size in (2048, 4096)]

@@ -56,6 +56,7 @@ def test_flags_come_before_the_environment() -> None:
         (("h:1", "two", 0), "--processes is 'two'"),
         (("h:1", "2", 2), "--process-id is 2: give a number from 0 to --processes - 1 = 1"),
         (("h:1", "0", 0), "--process-id is 0"),
+        (("localhost", "2", 0), "--coordinator is 'localhost': give HOST:PORT of process 0"),
     ],
 )
 def test_flags_that_do_not_fit(flags: tuple, message: str) -> None:

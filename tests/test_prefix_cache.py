@@ -181,7 +181,8 @@ def test_a_prefix_is_prefilled_ahead_of_its_items():
     prefill.prefill_prefix([1, 2])  # too short to be kept
     assert len(prefill.prefix_cache) == 1
     off = PrefillScorer(scorer(), buckets=BUCKETS)
-    off.prefill_prefix(prefix)
+    with pytest.raises(InputError, match=r"keeps no prefixes: give it prefix_cache=PrefixCacheConfig"):
+        off.prefill_prefix(prefix)
     assert (len(off.prefix_cache), off.compiled_shapes) == (0, ())
     with pytest.raises(ValueError, match="the prefix has 0 tokens: give 1 to 6"):
         prefill.prefill_prefix([])

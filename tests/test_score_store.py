@@ -147,5 +147,5 @@ def test_what_a_stopped_job_left_is_no_other_file(tmp_path: Path) -> None:
 def test_stores_of_another_kind_are_not_damaged(tmp_path: Path, values: dict, kind: str) -> None:
     (tmp_path / META).write_text(json.dumps(values))
     for use in (lambda: read_scores(tmp_path, WHO.fingerprint), lambda: ScoreStore(tmp_path, WHO)):
-        with pytest.raises(StoreError, match=f"is a store of {kind}: give one of `serve.py label`"):
+        with pytest.raises(StoreError, match=rf"is a store of {kind}: give one of `serve\.py label`"):
             use()

@@ -282,7 +282,7 @@ def test_places_and_corpora_that_cannot_be(tmp_path: Path) -> None:
     ScoreStore(tmp_path / "scores", StoreMeta("m", "judge", "small", "f", ("0",), queries=1, per_query=0))
     for use in (SummaryStore.open, lambda folder: summarise_documents(Counting(), documents(), folder)):
         with pytest.raises(
-            SummaryStoreError, match="scores is a store of scores: give one of `serve.py summarise`"
+            SummaryStoreError, match=r"scores is a store of scores: give one of `serve\.py summarise`"
         ):
             use(tmp_path / "scores")
     with pytest.raises(SummaryStoreError, match="0 documents in parts of 256"):

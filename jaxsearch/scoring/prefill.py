@@ -474,15 +474,20 @@ class PrefillScorer:
     def prefill_prefix(self, tokens: Sequence[int]) -> None:
         """Compute and keep a prefix ahead of its items, such as while their candidates are still being searched for.
 
-        Returns at once, while the device works. Nothing happens where the prefix is kept already, or is not to be kept (see
-        `PrefixCacheConfig`). Any thread may call it.
+        Returns at once, while the device works. Nothing happens where the prefix is kept already, or is too short to be
+        kept (`PrefixCacheConfig.min_tokens`). Any thread may call it.
 
         Args:
             tokens: token ids of the prefix, as in `score_lists`.
 
         Raises:
             ValueError: the prefix is empty or longer than the largest bucket, or a token id lies outside the vocabulary.
+            InputError: this scorer keeps no prefixes.
         """
+        if not self.prefix_cache.config.max_bytes:
+            raise InputError(
+                "this scorer keeps no prefixes: give it prefix_cache=PrefixCacheConfig(max_bytes=...)"
+            )
         check_length("the prefix", len(tokens), self.buckets.prefix[-1])
         length = round_up(len(tokens), self.buckets.prefix)
         if self.prefix_cache.keeps(length):

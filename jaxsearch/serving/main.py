@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="model folder: score what it and BM25 find for a training query, with its own pairs (default: those alone)",
     )
-    label.add_argument("--depth", type=int, default=30, help="documents found by each (default 30)")
+    label.add_argument("--depth", type=int, help="with --retriever: documents found by each (default 30)")
     return parser
 
 
@@ -284,7 +284,7 @@ def _label(options: argparse.Namespace) -> None:
     from jaxsearch.models.contract import load_model
     from jaxsearch.scoring.label import label
     from jaxsearch.serving.first_stage import first_stage_pairs
-    from jaxsearch.training.distributed import find_processes, start, wait_for_others
+    from jaxsearch.training.distributed import check_agreement, find_processes, start, wait_for_others
 
     start(find_processes())
     data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
@@ -292,11 +292,16 @@ def _label(options: argparse.Namespace) -> None:
     require_agreement(options.model, model, data, gate_of(model, options.minimum_kappa))
     pairs, source = [], ""
     if options.retriever:
-        if options.depth < 1:
-            raise InputError(f"--depth is {options.depth}: use at least 1")
+        depth = 30 if options.depth is None else options.depth
+        if depth < 1:
+            raise InputError(f"--depth is {depth}: use at least 1")
         retriever = load_model(options.retriever)
-        pairs = first_stage_pairs(data, retriever, options.depth)
-        source = f"first {options.depth} of BM25 and {retriever.hash}"
+        pairs = first_stage_pairs(data, retriever, depth)
+        source = f"first {depth} of BM25 and {retriever.hash}"
+    elif options.depth is not None:
+        raise InputError(f"--depth is {options.depth}: it needs --retriever")
+    settings = {"model": model.hash, "per_query": options.per_query, "source": source}
+    check_agreement(settings, data.fingerprint)
     report = label(model, data, options.output, per_query=options.per_query, pairs=pairs, source=source)
     rate = report.pairs / max(report.seconds, 1e-9)
     print(f"{report.store}: {report.pairs} pairs scored, {rate:.0f} pairs/s", flush=True)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxsearch.config import ConfigError, TrainConfig, to_dict
+from jaxsearch.config import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -70,10 +71,13 @@ def _explicit(values: Mapping[str, Any]) -> Processes:
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} missing: give {', '.join(values)} together, or none of them")
-    (_, coordinator), (count_name, count), (index_name, index) = values.items()
+    (coordinator_name, coordinator), (count_name, count), (index_name, index) = values.items()
     number, place = _number(count_name, count), _number(index_name, index)
     if number < 1 or not 0 <= place < number:
         raise ConfigError(f"{index_name} is {place}: give a number from 0 to {count_name} - 1 = {number - 1}")
+    host, _, port = str(coordinator).rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"{coordinator_name} is {coordinator!r}: give HOST:PORT of process 0")
     return Processes(str(coordinator), number, place)
 
 
@@ -98,6 +102,11 @@ def start(processes: Processes | None, heartbeat: int = 100) -> None:
         return
     if heartbeat < 1:
         raise ConfigError(f"--heartbeat is {heartbeat}: give a whole number of seconds, at least 1")
+    if processes.coordinator:
+        where = (
+            f"process {processes.index} of {processes.count} waits for the others at {processes.coordinator}"
+        )
+        print(where, file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             processes.coordinator, processes.count, processes.index, heartbeat_timeout_seconds=heartbeat
@@ -105,7 +114,8 @@ def start(processes: Processes | None, heartbeat: int = 100) -> None:
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cannot join the other processes ({str(error).splitlines()[0]}): start every one of them, with the same "
-            "--coordinator HOST:PORT and --processes and its own --process-id"
+            "JAX_COORDINATOR_ADDRESS (HOST:PORT) and JAX_NUM_PROCESSES and its own JAX_PROCESS_ID, in train.py also --coordinator, "
+            "--processes and --process-id; JAXSEARCH_PROCESSES=auto needs a cluster that says so itself"
         ) from error
 
 
@@ -123,15 +133,15 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def check_agreement(config: TrainConfig, data_version: str) -> None:
-    """Refuse to go on unless every process has the same configuration, data and code; call it in all of them.
+def check_agreement(settings: Mapping[str, Any], data_version: str) -> None:
+    """Refuse to go on unless every process has the same settings, data and code; call it in all of them.
 
     Raises:
         ConfigError: in every process; names what differs, with each process's value.
     """
     if jax.process_count() == 1:
         return
-    mine = {"config": to_dict(config), "data": data_version, "code": code_version()}
+    mine = {"config": settings, "data": data_version, "code": code_version()}
     differences = find_differences([json.loads(text) for text in _gather(json.dumps(mine))])
     if differences:
         raise ConfigError(

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsearch.config import ConfigError, TrainConfig
+from jaxsearch.config import ConfigError, TrainConfig, to_dict
 from jaxsearch.data.pipeline import Pipeline
 from jaxsearch.numerics import wide
 from jaxsearch.training.checkpoints import Checkpoints
@@ -284,7 +284,7 @@ def run(
     checkpoints = Checkpoints(workdir, config.checkpoint)
     checkpoints.check_config(config)
     task = config.task.build(config) if task is None else task
-    check_agreement(config, task.data_version)
+    check_agreement(to_dict(config), task.data_version)
     check_layout(config, task, mesh)
     pipeline = Pipeline(
         task,
