@@ -41,10 +41,10 @@ PER_QUERY = 16
 SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
-    "base": 450, "retriever": 300, "relevance_teacher": 300, "engagement_teacher": 90, "student": 120, "mixlm": 200,
-    "whole": 50, "summarised": 100,
+    "base": 450, "retriever": 300, "relevance_teacher": 300, "engagement_teacher": 150, "student": 440, "whole": 100, "summarised": 150,
+    "mixlm": 3_000, "mixlm_whole": 400,
 }  # fmt: skip
-"""Of each stage: as few as two busy cores have time for; with more of both, more is better."""
+"""Of each stage: about an hour and a half of one core, half of it MixLM's, which has the longest way to go."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
 """A third of a first training's rates, for what only has to get used to whole documents."""
@@ -116,9 +116,9 @@ class Chain:
             stores += ["--task.engagement-teachers", self.score("engagement_scores", engagement)]
         return stores
 
-    def score(self, name: str, model: Model) -> str:
-        """A store of scores of the training pairs."""
-        return self.demo.label(name, model, self.data, PER_QUERY)
+    def score(self, name: str, model: Model, retriever: Model | None = None) -> str:
+        """A store of scores of the training pairs, or of what the first stages find."""
+        return self.demo.label(name, model, self.data, 0 if retriever else PER_QUERY, retriever)
 
     def _student(self, name: str, init_from: str) -> Model:
         """A ranker distilled from both teachers."""
@@ -186,7 +186,7 @@ class Chain:
 
     def short_mixlm(self, tokens: int) -> list[str]:
         """Trains ranker and encoder on the first tokens of documents; returns the overrides that say what they learn from."""
-        scores = self.score("ranker_scores", self.short_ranker())
+        scores = self.score("ranker_scores", self.short_ranker(), self.retriever())
         stores = ["--task.relevance-teachers", scores, "--task.tokens", str(tokens)]
         stores += ["--task.engagement-teachers", scores] if self.data.actions else []
         start = [
@@ -206,7 +206,7 @@ class Chain:
         """
         name, stores = f"mixlm_{tokens}", self.short_mixlm(tokens)
         if self.warm:
-            start = ["--task.model.init-from", self.path(name), *self._steps("whole")]
+            start = ["--task.model.init-from", self.path(name), *self._steps("mixlm_whole")]
             start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder"), *stores]
             terms = ["--task.align-weight", "0", "--task.curriculum", "0", "--task.unique-documents", "1"]
             limits = [*self._cut(whole=True), *self._cut("encoder-prompt", whole=True)]

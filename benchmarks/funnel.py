@@ -49,7 +49,7 @@ from jaxsearch.scoring.label import label
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
 from jaxsearch.serving.batch import RANKINGS, rank_file
 from jaxsearch.serving.bundle import Bundle, build_bundle, make_embedder, make_scorer
-from jaxsearch.serving.first_stage import first_stage_pairs
+from jaxsearch.serving.first_stage import FirstStage
 from jaxsearch.tasks.base import DataConfig, open_data, precedent_count, ranking_metrics
 from jaxsearch.training.loop import run
 
@@ -110,8 +110,8 @@ class Demo:
     ) -> str:
         """Score the training pairs, or what a retriever and BM25 find, into a store; a finished one is kept."""
         with self.stage(name):
-            pairs = first_stage_pairs(data, retriever, DEPTH) if retriever else ()
-            source = f"first {DEPTH} of BM25 and {retriever.hash}" if retriever else ""
+            first = FirstStage(retriever, DEPTH) if retriever else None
+            pairs, source = (first.pairs(data), first.source) if first else ((), "")
             folder = self.workdir / name
             report = label(model, data, folder, per_query=per_query, pairs=pairs, source=source)
         return report.store

@@ -1,17 +1,17 @@
 """What structured pruning costs a ranker: reconstruction error and NDCG@10 of OSSCAR beside random, magnitude and activation norm.
 
     python benchmarks/pruning.py --model runs/demo/ranker/model --dataset job_market:tiny --data-dir runs/demo/data \
-        [--mlp 0.5 --layers-drop 1 --which last --heads 0] [--recovered osscar=runs/recovered/model] \
-        [--jsonl benchmarks/results/pruning.jsonl]
+        [--mlp 0.5 --layers-drop 1 --which last --heads 0] [--recover 150 --workdir runs/recovery] \
+        [--jsonl benchmarks/results/pruning.jsonl] [--set --optimizer.learning-rate 1e-3]
 
 Two kinds of lines:
 
 - `reconstruction`: per method and share of neurons, ||X W - X_S V||^2 / ||X W||^2 of each layer's MLP and their mean, with the dense
   model's own activations X; on the calibration queries, and on as many others that nothing was fitted to (`held_out`). The baselines
   come as published and with refitted weights (`refit`).
-- `ranking`: NDCG@10 of the dense model, of each method after one-shot pruning (--mlp, --layers-drop, --heads), and of each --recovered
-  model (NAME=FOLDER, trained by `train.py --config configs/ranker.py:VARIANT --task.model.init-from PRUNED`), on the first --test-queries
-  of a split, with the difference from dense paired by query.
+- `ranking`: NDCG@10 on the first --test-queries of a split of the dense model, of each method after one-shot pruning (--mlp, --layers-drop,
+  --heads), and after --recover steps of the ranker's task (--config) in which the dense model's scores teach each method's pruned model,
+  and the dense model itself; with the difference from dense paired by query. --set hands the rest of the line to `train.py`.
 """
 
 import argparse
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from funnel import Demo
 from machine import describe
 from record import append
 
 from jaxsearch.compression.calibration import Walk, choose_queries, make_batches
 from jaxsearch.compression.osscar import METHODS, reduce_map, relative_error
-from jaxsearch.compression.pruning import Pruning, prune_model
+from jaxsearch.compression.pruning import Pruning, prune_model, save_pruned
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import paired_bootstrap
@@ -113,6 +114,7 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
         }  # fmt: skip
 
     yield line("dense", "", False, dense, model.contract.architecture.parameters)
+    starts: dict[str, str] = {}
     for method, refit in ARMS if options.mlp or options.heads else ARMS[:1]:
         plan = Pruning(
             mlp=options.mlp,
@@ -126,13 +128,32 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
         pruned = prune_model(model, data, plan, queries=options.queries, candidates=options.candidates)
         parameters = pruned.contract.architecture.parameters
         yield line("one-shot", method, refit, measure(pruned.module, model), parameters)
-    for item in options.recovered:
-        name, _, folder = item.partition("=")
-        if not folder:
-            raise InputError(f"--recovered is {item!r}: give NAME=FOLDER")
-        recovered = load_model(folder)
+        if method not in starts and options.recover:
+            starts[method] = f"{options.workdir}/pruned_{method}"
+            if not Path(starts[method]).is_dir():
+                save_pruned(Path(starts[method]), pruned, model)
+    starts["dense"] = options.model
+    for method, start in starts.items() if options.recover else ():
+        recovered = recover(method, start, model, data, options)
         parameters = recovered.contract.architecture.parameters
-        yield line(f"recovered {name}", name, False, measure(recovered.module, recovered), parameters)
+        values = measure(recovered.module, recovered)
+        yield line("recovered", method, method == "osscar", values, parameters) | {"steps": options.recover}
+
+
+def recover(name: str, start: str, model: Model, data: Dataset, options: argparse.Namespace) -> Model:
+    """The model in `start` after --recover steps, taught by what the dense one says."""
+    demo = Demo(
+        Path(options.workdir), options.dataset, options.data_dir, options.seed, 1, options.max_queries, False
+    )
+    scores, contract = demo.label("scores", model, data, options.per_query), model.contract
+    teachers = ["--task.relevance-teachers", scores]
+    teachers += ["--task.engagement-teachers", scores] if contract.actions else []
+    prompt = contract.prompts["pair"]
+    return demo.train(
+        f"recovered_{name}", options.config, "--task.model.init-from", start, *teachers, "--steps", str(options.recover),
+        "--task.prompt.max-document-tokens", str(prompt.max_document_tokens),
+        *(["--task.prompt.features", *prompt.features] if prompt.features else []), *options.set,
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -150,14 +171,23 @@ def main() -> int:
     parser.add_argument("--heads", type=float, default=0.0, help="one-shot: share of key/value heads")
     parser.add_argument("--layers-drop", type=int, default=0, help="one-shot: whole layers")
     parser.add_argument("--which", default="last", help="one-shot: last or least")
-    parser.add_argument("--recovered", nargs="*", default=[], help="NAME=FOLDER of fine-tuned pruned models")
+    parser.add_argument("--recover", type=int, default=0, help="steps of recovery; 0: none")
+    parser.add_argument(
+        "--workdir", default="runs/recovery", help="of the recoveries; finished ones are kept"
+    )
+    parser.add_argument("--config", default="ranker.py:tiny", help="that recovers, of configs/")
+    parser.add_argument("--max-queries", type=int, default=0, help="training queries; 0: all")
+    parser.add_argument("--per-query", type=int, default=16, help="pairs of each that the dense model scores")
     parser.add_argument("--split", default="", help="default: the first test split")
     parser.add_argument("--test-queries", type=int, default=200, help="0: no ranking")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jsonl", type=Path, help="append the results to this file")
+    parser.add_argument(
+        "--set", nargs=argparse.REMAINDER, default=[], help="options of train.py, last of all"
+    )
     options = parser.parse_args()
     model = load_model(options.model)
-    data = open_data(DataConfig(options.dataset, options.data_dir))
+    data = open_data(DataConfig(options.dataset, options.data_dir, max_queries=options.max_queries))
     common = {
         "command": " ".join(["python", *sys.argv]),
         "folder": options.model,

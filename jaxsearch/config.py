@@ -261,6 +261,24 @@ def to_dict(config: Any) -> dict[str, Any]:
     return out
 
 
+def with_defaults(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """`saved`, an earlier configuration of this kind as JSON values, with every setting that has come since at its default.
+
+    A new setting does by default what was done before it, so that runs and models of an older version stay what they are.
+    """
+    out = dict(saved)
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.name not in saved:
+            if item.default is not dataclasses.MISSING:
+                out[item.name] = _to_json(item.default)
+            elif item.default_factory is not dataclasses.MISSING:
+                out[item.name] = _to_json(item.default_factory())
+        elif dataclasses.is_dataclass(value) and isinstance(saved[item.name], Mapping):
+            out[item.name] = with_defaults(saved[item.name], value)
+    return out
+
+
 def _to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)

@@ -138,6 +138,20 @@ def test_another_experiment_is_refused(tmp_path: Path) -> None:
         run(config, tmp_path)
 
 
+def test_settings_that_came_later_do_not_stop_a_run(tmp_path: Path) -> None:
+    """A run of an older version goes on where the new settings are at their defaults, and only there."""
+    config = toy_config()
+    run(config, tmp_path, stop_at=2)
+    saved = to_dict(config)
+    del saved["task"]["data"]["examples"], saved["seed"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    changed = dataclasses.replace(config, task=ToyConfig(data=ToyData(30)))
+    with pytest.raises(ConfigError, match=r"task.data.examples: 24 -> 30\): "):
+        run(changed, tmp_path)
+    run(config, tmp_path, stop_at=4)
+    assert json.loads((tmp_path / "config.json").read_text()) == to_dict(config)
+
+
 def test_differences_name_absent_fields() -> None:
     old = {"steps": 1, "task": {"class": "A", "x": 1}}
     new = {"steps": 2, "task": {"class": "B", "y": [1]}}

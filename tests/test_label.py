@@ -15,7 +15,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.models.contract import ContractError, Model, load_model
 from jaxsearch.scoring.label import chosen_pairs, label
 from jaxsearch.serving.bundle import make_embedder, make_scorer
-from jaxsearch.serving.first_stage import first_stage_pairs
+from jaxsearch.serving.first_stage import FirstStage
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,7 +119,8 @@ def test_chosen_pairs() -> None:
 
 def test_what_the_first_stages_find_is_scored(funnel: Funnel, judge: Model, tmp_path: Path) -> None:
     retriever = load_model(funnel.model("retriever"))
-    pairs, data = first_stage_pairs(funnel.data, retriever, 3), funnel.data
+    first, data = FirstStage(retriever, 3), funnel.data
+    pairs = first.pairs(data)
     embedder = make_embedder(retriever)
     similarity = embedder.queries(data.queries["train"]) @ embedder.documents(data.documents).T
     own = {p.query: p.documents for p in data.pairs}
@@ -129,15 +130,18 @@ def test_what_the_first_stages_find_is_scored(funnel: Funnel, judge: Model, tmp_
         assert set(nearest) | set(own.get(found.query, [])) <= set(found.documents.tolist())
         assert len(found.documents) <= 6 + len(own.get(found.query, []))
     assert any(len(p.documents) > len(own.get(p.query, [])) for p in pairs)
-    report = label(judge, data, tmp_path, pairs=pairs, source="first 3")
+    report = label(judge, data, tmp_path, pairs=pairs, source=first.source)
     assert report.pairs == sum(len(p.documents) for p in pairs)
     _, scores = read_scores(tmp_path, data.fingerprint)
     (direct,) = make_scorer(judge, data.documents)([data.queries["train"][2]], [pairs[2].documents])
     np.testing.assert_allclose(
         np.stack([scores[2, int(row)] for row in pairs[2].documents]), direct, atol=1e-5
     )
-    with pytest.raises(StoreError, match="source 'first 3' \\(not 'first 4'\\)"):
-        label(judge, data, tmp_path, pairs=pairs, source="first 4")
+    other = FirstStage(retriever, 4).source
+    with pytest.raises(StoreError, match=rf"source '{first.source}' \(not '{other}'\)"):
+        label(judge, data, tmp_path, pairs=pairs, source=other)
+    with pytest.raises(InputError, match="depth is 0: use at least 1"):
+        FirstStage(retriever, 0)
 
 
 def test_an_unfinished_store_is_not_read(funnel: Funnel, judge: Model, tmp_path: Path) -> None:

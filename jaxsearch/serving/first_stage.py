@@ -1,33 +1,52 @@
 """What a ranker will be asked about: the documents that the first stages return for training queries, to be scored by a teacher."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from jaxsearch.data.datasets import Dataset, Pairs
+from jaxsearch.errors import InputError
 from jaxsearch.models.contract import Model
 from jaxsearch.retrieval.bm25 import Bm25, document_text
 from jaxsearch.retrieval.exhaustive import ExhaustiveIndex
 from jaxsearch.serving.bundle import make_embedder
 
 
-def first_stage_pairs(data: Dataset, retriever: Model, depth: int) -> list[Pairs]:
-    """For each training query, BM25's and the retriever's first `depth` documents and those of its own pairs; nobody graded them.
+@dataclass(frozen=True)
+class FirstStage:
+    """BM25 and a retriever, each of which finds so many documents."""
 
-    A data set's own pairs are drawn by grade or by what was shown; lists to rank are of another kind, most of their documents nearly fit.
+    retriever: Model
+    depth: int = 30
 
-    Raises:
-      ContractError: the retriever is another kind of model.
-    """
-    queries, embedder = list(data.queries["train"]), make_embedder(retriever)
-    depth = min(depth, len(data.documents))
-    bm25 = Bm25.build([document_text(document) for document in data.documents])
-    lexical, _ = bm25.search([query.text for query in queries], depth)
-    index = ExhaustiveIndex(embedder.documents(data.documents))
-    semantic, _ = index.search(embedder.queries(queries), depth)
-    own = {pairs.query: pairs.documents for pairs in data.pairs}
-    found = []
-    for query, (a, b) in enumerate(zip(lexical, semantic, strict=True)):
-        rows = np.unique(np.concatenate([a[a >= 0], b, own.get(query, np.zeros(0, np.int32))])).astype(
-            np.int32
-        )
-        found.append(Pairs(query, rows, np.full(len(rows), -1, np.int32)))
-    return found
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise InputError(f"depth is {self.depth}: use at least 1")
+
+    @property
+    def source(self) -> str:
+        """Where its pairs come from, in words that tell two first stages apart."""
+        return f"first {self.depth} of BM25 and {self.retriever.hash}"
+
+    def pairs(self, data: Dataset) -> list[Pairs]:
+        """For each training query, what both find and the documents of its own pairs; nobody graded them.
+
+        A data set's own pairs are drawn by grade or by what was shown; lists to rank are of another kind, most of their documents nearly
+        fit.
+
+        Raises:
+          ContractError: the retriever is another kind of model.
+        """
+        queries, embedder = list(data.queries["train"]), make_embedder(self.retriever)
+        depth = min(self.depth, len(data.documents))
+        bm25 = Bm25.build([document_text(document) for document in data.documents])
+        lexical, _ = bm25.search([query.text for query in queries], depth)
+        index = ExhaustiveIndex(embedder.documents(data.documents))
+        semantic, _ = index.search(embedder.queries(queries), depth)
+        own = {pairs.query: pairs.documents for pairs in data.pairs}
+        found = []
+        for query, (a, b) in enumerate(zip(lexical, semantic, strict=True)):
+            every = np.concatenate([a[a >= 0], b, own.get(query, np.zeros(0, np.int32))])
+            rows = np.unique(every).astype(np.int32)
+            found.append(Pairs(query, rows, np.full(len(rows), -1, np.int32)))
+        return found

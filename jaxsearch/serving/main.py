@@ -278,33 +278,38 @@ def _batch(options: argparse.Namespace) -> None:
 
 
 def _label(options: argparse.Namespace) -> None:
+    import jax
+
     from jaxsearch.data.datasets import load_dataset
     from jaxsearch.data.summaries import show_data
     from jaxsearch.measurement.gate import gate_of, require_agreement
     from jaxsearch.models.contract import load_model
     from jaxsearch.scoring.label import label
-    from jaxsearch.serving.first_stage import first_stage_pairs
+    from jaxsearch.serving.first_stage import FirstStage
     from jaxsearch.training.distributed import check_agreement, find_processes, start, wait_for_others
 
     start(find_processes())
     data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
     data = show_data(data, options.summaries, model.contract.summariser)
     require_agreement(options.model, model, data, gate_of(model, options.minimum_kappa))
-    pairs, source = [], ""
-    if options.retriever:
-        depth = 30 if options.depth is None else options.depth
-        if depth < 1:
-            raise InputError(f"--depth is {depth}: use at least 1")
-        retriever = load_model(options.retriever)
-        pairs = first_stage_pairs(data, retriever, depth)
-        source = f"first {depth} of BM25 and {retriever.hash}"
-    elif options.depth is not None:
+    if options.depth is not None and not options.retriever:
         raise InputError(f"--depth is {options.depth}: it needs --retriever")
-    settings = {"model": model.hash, "per_query": options.per_query, "source": source}
+    first = None
+    if options.retriever:
+        first = FirstStage(load_model(options.retriever), 30 if options.depth is None else options.depth)
+    source = first.source if first else ""
+    settings = {
+        "model": model.hash,
+        "dataset": data.name,
+        "per_query": options.per_query,
+        "source": source,
+    }
     check_agreement(settings, data.fingerprint)
+    pairs = first.pairs(data) if first else ()
     report = label(model, data, options.output, per_query=options.per_query, pairs=pairs, source=source)
     rate = report.pairs / max(report.seconds, 1e-9)
-    print(f"{report.store}: {report.pairs} pairs scored, {rate:.0f} pairs/s", flush=True)
+    who = f" by process {jax.process_index()} of {jax.process_count()}" if jax.process_count() > 1 else ""
+    print(f"{report.store}: {report.pairs} pairs scored{who}, {rate:.0f} pairs/s", flush=True)
     wait_for_others("labelled")
 
 

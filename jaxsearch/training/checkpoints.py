@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxsearch.config import CheckpointConfig, ConfigError, TrainConfig, to_dict
+from jaxsearch.config import CheckpointConfig, ConfigError, TrainConfig, to_dict, with_defaults
 from jaxsearch.errors import InputError
 
 MAY_DIFFER = (
@@ -91,7 +91,8 @@ class Checkpoints:
         """
         new = to_dict(config)
         if self.latest() is not None and self._config_file.exists():
-            differences = config_differences(json.loads(self._config_file.read_text()), new)
+            old = with_defaults(json.loads(self._config_file.read_text()), config)
+            differences = config_differences(old, new)
             if differences:
                 raise ConfigError(
                     f"{self._config_file.parent} holds a run with another configuration "
