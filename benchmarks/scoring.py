@@ -151,7 +151,7 @@ def our_mode(
     return lambda: odds(prefill.score_lists([request.prefix], [request.items])[0]), prefill
 
 
-def timed(call: Callable[[], Any], calls: int) -> list[float]:
+def timed(call: Callable[[], Any], calls: int | None) -> list[float]:
     """Seconds per call: 200 calls where one takes under a second, else five; `calls` overrules."""
     call()
     seconds: list[float] = []
@@ -286,9 +286,7 @@ def main() -> None:
         "--peer-dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"],
         help="bfloat16 takes minutes a call on cores without it",
     )  # fmt: skip
-    parser.add_argument(
-        "--calls", type=int, default=0, help="calls per row; default: 200 or, of over a second, 5"
-    )
+    parser.add_argument("--calls", type=int, help="calls per row; default: 200 or, of over a second, 5")
     parser.add_argument(
         "--layers", type=int, default=0, help="random weights of so many layers, for a quick look"
     )
@@ -299,7 +297,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default=".venv-peers/bin/python", help="of the peers' environment")
     parser.add_argument("--jsonl", type=Path, help="append the results to this file")
     options = parser.parse_args()
-    if options.calls < 0:
+    if options.calls is not None and options.calls < 1:
         parser.error(f"--calls is {options.calls}: give 1 or more, or leave it out")
     if options.gguf and not options.gguf.is_file():
         parser.error(f"--gguf is {options.gguf}: there is no such file")

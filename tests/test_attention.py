@@ -250,6 +250,21 @@ def causal_case(seed, b, t, n, k, h):
     return arrays, where, weights
 
 
+def assert_equal_with_gradients(value, backend, arrays, where, *, atol, gradients):
+    """`value(backend name, *arrays)` -> (loss, what was mixed): the same by `backend` as by the reference, where tokens are."""
+
+    def run(name):
+        step = jax.value_and_grad(functools.partial(value, name), tuple(range(len(arrays))), has_aux=True)
+        return jax.jit(step)(*arrays)
+
+    (_, expected), wanted = run("xla")
+    (_, found), given = run(backend)
+    np.testing.assert_allclose(found[where], expected[where], atol=atol)
+    assert np.isfinite(found).all()
+    for x, y in zip(given, wanted, strict=True):
+        np.testing.assert_allclose(x, y, atol=gradients)
+
+
 @pytest.mark.parametrize("backend", ["fused", "pallas_interpret"])
 @pytest.mark.parametrize(
     ("b", "t", "n", "k", "h", "block"),
@@ -263,16 +278,7 @@ def test_causal_backends_equal_the_reference_with_gradients(backend, b, t, n, k,
         mixed = Causal(where, backend=name)(*arrays, None)[0]
         return jnp.sum(mixed * weights), mixed
 
-    def gradients(name):
-        step = jax.jit(jax.value_and_grad(functools.partial(value, name), (0, 1, 2), has_aux=True))
-        return step(*arrays)
-
-    (_, expected), wanted = gradients("xla")
-    (_, found), given = gradients(backend)
-    np.testing.assert_allclose(found[where], expected[where], atol=2e-6)
-    assert np.isfinite(found).all()
-    for x, y in zip(given, wanted, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert_equal_with_gradients(value, backend, arrays, where, atol=2e-6, gradients=1e-5)
 
 
 def test_the_causal_kernel_leaves_out_keys_that_do_not_exist():
@@ -296,16 +302,7 @@ def test_items_alone_equal_the_reference_with_gradients(backend):
         mixed = PrefixPacked(where, segments, name, alone=True)(q, k, v, (prefix_k, prefix_v))[0]
         return jnp.sum(mixed * weights), mixed
 
-    def gradients(name):
-        step = jax.jit(jax.value_and_grad(functools.partial(value, name), (0, 1, 2, 3, 4), has_aux=True))
-        return step(q, k, v, *state)
-
-    (_, expected), wanted = gradients("xla")
-    (_, found), given = gradients(backend)
-    np.testing.assert_allclose(found[exists], expected[exists], atol=5e-6)
-    assert np.isfinite(found).all()
-    for x, y in zip(given, wanted, strict=True):
-        np.testing.assert_allclose(x, y, atol=5e-5)
+    assert_equal_with_gradients(value, backend, (q, k, v, *state), exists, atol=5e-6, gradients=5e-5)
 
 
 def test_blocks_of_the_causal_kernel_are_even():

@@ -162,9 +162,9 @@ def test_results_of_something_else_are_not_continued(bundle: Bundle, queries: Pa
     out = tmp_path / "out"
     rank_file(bundle, queries, out, depth=5, top=3)
     before = (out / RANKINGS).read_bytes()
-    with pytest.raises(InputError, match="holds results made with another depth: give another --output"):
+    with pytest.raises(InputError, match=r"holds results made with another depth 5 \(not 6\): give"):
         rank_file(bundle, queries, out, depth=6, top=3)
-    with pytest.raises(InputError, match="another top"):
+    with pytest.raises(InputError, match=r"another top 3 \(not 2\)"):
         rank_file(bundle, queries, out, depth=5, top=2)
     with pytest.raises(InputError, match="another utility"):
         rank_file(bundle.with_utility(UtilityConfig({"click": 1})), queries, out, depth=5, top=3)

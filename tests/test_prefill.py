@@ -350,6 +350,19 @@ def test_every_backend_gives_the_scores(backend):
         PrefillScorer(scorer(), backend="gpu")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": 8}, "mesh is 8: give a mesh with the axes data, fsdp, tensor"),
+        ({"mesh": jax.make_mesh((1,), ("x",))}, r"mesh is Mesh.*'x'.*: give a mesh with the axes"),
+        ({"prefix_cache": 1 << 30}, "prefix_cache is 1073741824: give a PrefixCacheConfig"),
+    ],
+)
+def test_settings_of_another_kind_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        PrefillScorer(scorer(), **options)
+
+
 def test_bad_embeddings_are_named():
     with pytest.raises(InputError, match=r"int64 \(2, 3\): give floats \[S, D\]"):
         EmbeddedItem(np.zeros((2, 3), np.int64))

@@ -97,9 +97,8 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             if name:
                 current = computations[name[1]] = _Computation(name[1])
                 entry = name[1] if line.startswith("ENTRY") else entry
-        elif (
-            line == "}"
-        ):  # more may stand behind it where a kernel's metadata, which have lines of their own, end
+        elif line == "}":
+            # More may stand behind it where a kernel's metadata, which have lines of their own, end.
             current = None
         elif current is not None and (found := _instruction(line)) is not None:
             current.instructions[found.name] = found

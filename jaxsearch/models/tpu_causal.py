@@ -36,9 +36,8 @@ def attend_causal(
     Returns:
         [B, T, N, H] in q's dtype.
     """
-    if where is None:
-        return _split(lambda q, k, v: _attend(q, k, v, None, block, interpret), q, k, v)
-    return _split(lambda q, k, v, where: _attend(q, k, v, where, block, interpret), q, k, v, where)
+    rows = () if where is None else (where,)
+    return _split(lambda q, k, v, w=None: _attend(q, k, v, w, block, interpret), q, k, v, *rows)
 
 
 def _split(attend: Any, q: Array, k: Array, v: Array, *rows: Array) -> Array:

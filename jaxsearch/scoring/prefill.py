@@ -42,7 +42,7 @@ from jaxsearch.scoring.buckets import (
 )
 from jaxsearch.scoring.packing import Array, EmbeddedItem, Item, PackedItems, count_embeddings, place_items
 from jaxsearch.scoring.prefix_cache import PrefixCache, PrefixCacheConfig
-from jaxsearch.training.sharding import parameter_shardings, replicated
+from jaxsearch.training.sharding import AXES, parameter_shardings, replicated
 
 __all__ = [
     "Buckets",
@@ -299,9 +299,17 @@ class PrefillScorer:
             prefix_cache: which prefixes are kept from call to call, and how many; not with a mesh. Default: none.
 
         Raises:
-            InputError: the backend is unknown, or cannot be split over a mesh.
+            InputError: the backend is unknown, or cannot be split over a mesh, which has other axes; `prefix_cache` is something else.
         """
         check_backend(backend)
+        if mesh is not None and (not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES)):
+            raise InputError(
+                f"mesh is {mesh!r}: give a mesh with the axes {', '.join(AXES)}, as of `make_mesh`"
+            )
+        if prefix_cache is not None and not isinstance(prefix_cache, PrefixCacheConfig):
+            raise InputError(
+                f"prefix_cache is {prefix_cache!r}: give a PrefixCacheConfig, such as PrefixCacheConfig(max_bytes=1 << 30)"
+            )
         if mesh is not None and backend != "xla":
             raise InputError(f"backend {backend!r} runs on one device: use 'xla' with a mesh")
         cache_config = PrefixCacheConfig() if prefix_cache is None else prefix_cache

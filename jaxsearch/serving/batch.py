@@ -117,7 +117,11 @@ def _same_job(folder: Path, job: dict[str, object]) -> None:
     path = folder / META
     if path.is_file():
         there = json.loads(path.read_text())
-        if differing := [name for name in job if there.get(name) != job[name]]:
+        if differing := [
+            f"{name} {there.get(name)!r} (not {value!r})"
+            for name, value in job.items()
+            if there.get(name) != value
+        ]:
             raise InputError(
                 f"{folder} holds results made with another {', '.join(differing)}: give another --output, or delete it"
             )

@@ -220,7 +220,7 @@ def _encode(options: argparse.Namespace) -> None:
     from jaxsearch.scoring.embedding_store import encode_documents
 
     encoder, documents = load_model(options.model), _documents(options)
-    with tqdm(total=len(documents), desc="encoding", unit="document") as bar:
+    with tqdm(total=len(documents), desc="encoding", unit="document", delay=0.5) as bar:
         report = encode_documents(encoder, documents, options.output, progress=bar.update)
     print(
         f"{options.output}: {report.documents} documents, {report.encoded} of them encoded now, "
@@ -235,7 +235,7 @@ def _summarise(options: argparse.Namespace) -> None:
 
     documents = _documents(options)
     summariser = _summariser(options, documents)
-    with tqdm(total=len(documents), desc="summarising", unit="document") as bar:
+    with tqdm(total=len(documents), desc="summarising", unit="document", delay=0.5) as bar:
         report = summarise_documents(summariser, documents, options.output, progress=bar.update)
     print(
         f"{options.output}: {report.documents} documents, {report.made} of them summarised now, {report.resumed} by a run that was "
