@@ -14,7 +14,8 @@ from probes import alone, digest, worked_examples
 
 from jaxsearch.data import job_market
 from jaxsearch.data.job_market import draws, generator, job_market_dataset_builder, policy, templates
-from jaxsearch.data.job_market.generator import PAGE, SPLITS, VARIANTS, VERSION, JobMarket
+from jaxsearch.data.job_market.generator import PAGE, VARIANTS, VERSION, JobMarket
+from jaxsearch.data.job_market.searches import SPLITS
 from jaxsearch.data.records import BUCKETS, Impression, Judgment, Query, unique_ids
 from jaxsearch.data.tokenizer import train
 

@@ -16,8 +16,9 @@ from jaxsearch.data import job_market, network
 from jaxsearch.data.job_market import generator, job_market_dataset_builder, people
 from jaxsearch.data.job_market import people_templates as templates
 from jaxsearch.data.job_market import policy_people as policy
-from jaxsearch.data.job_market.generator import PAGE, SPLITS
+from jaxsearch.data.job_market.generator import PAGE
 from jaxsearch.data.job_market.people import VARIANTS, VERSION, PeopleMarket
+from jaxsearch.data.job_market.searches import SPLITS
 from jaxsearch.data.records import (
     ACTIONS,
     BUCKETS,

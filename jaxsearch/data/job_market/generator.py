@@ -26,14 +26,12 @@ from jaxsearch.data.job_market.draws import (
     pick,
     sample,
     sigmoid,
-    split_of,
     weighted,
 )
+from jaxsearch.data.job_market.searches import Searches
 from jaxsearch.data.records import Document, Impression, Judgment, Query
 
 VERSION = "v2"
-SPLITS = ("train", "dev", "test", "calibration", "golden")
-"""The last two are the precedents: judges are measured by them and never learn from them."""
 PAGE = 10
 """Results on one search page, all of which become impressions."""
 _ENOUGH = 2
@@ -122,7 +120,7 @@ class _Search:
         return "title_location" if placed else "title"
 
 
-class JobMarket:
+class JobMarket(Searches[_Search]):
     """One generated market. Tables are made on first use and kept."""
 
     def __init__(self, variant: str):
@@ -130,8 +128,8 @@ class JobMarket:
             raise ValueError(f"job_market variant is {variant!r}: use one of {', '.join(VARIANTS)}")
         self.variant = variant
         self.market = VARIANTS[variant]
+        super().__init__(self.market.searches, self.market.precedents)
         self.cities = templates.CITIES[: self.market.cities]
-        self._searches: dict[int, _Search] = {}
         rng = self._rng("companies", 0)
         self.companies = templates.company_names(self.market.companies, rng.random)
         self._popularity = [normal(rng) for _ in self.companies]
@@ -144,6 +142,9 @@ class JobMarket:
 
     def _rng(self, kind: str, index: int) -> random.Random:
         return random.Random(f"{VERSION}/{self.variant}/{self.market.seed}/{kind}/{index}")
+
+    def _unit(self, kind: str, index: int) -> float:
+        return self._rng(kind, index).random()
 
     # --- the world -----------------------------------------------------------------------------------------------
 
@@ -274,23 +275,6 @@ class JobMarket:
 
     # --- searches ------------------------------------------------------------------------------------------------
 
-    def _split(self, index: int) -> str:
-        beyond = index - self.market.searches
-        return split_of(beyond, self.market.precedents, self._rng("split", index).random())
-
-    @cached_property
-    def numbers(self) -> dict[str, list[int]]:
-        """The searches of each split: train 80%, dev 6%, test 14% by a hash of the number, and the precedents beside them."""
-        result: dict[str, list[int]] = {split: [] for split in SPLITS}
-        for index in range(self.market.searches + self.market.precedents):
-            result[self._split(index)].append(index)
-        return result
-
-    def _search(self, index: int) -> _Search:
-        if index not in self._searches:
-            self._searches[index] = self._make_search(index)
-        return self._searches[index]
-
     def _make_search(self, index: int) -> _Search:
         rng = self._rng("search", index)
         place = weighted(rng, (0.24, 0.33, 0.33, 0.1))
@@ -371,11 +355,6 @@ class JobMarket:
         """bool [M], the postings above grade 2."""
         return policy.grades(policy.components(need, self._columns, self.tiers)) > 2
 
-    @cached_property
-    def queries(self) -> dict[str, list[Query]]:
-        """Searches by split."""
-        return {split: [self.query(i) for i in numbers] for split, numbers in self.numbers.items()}
-
     def query(self, index: int) -> Query:
         """One search."""
         rng, search = self._rng("query", index), self._search(index)
@@ -406,10 +385,6 @@ class JobMarket:
     def grade_row(self, index: int) -> np.ndarray:
         """int [M]: the policy grade of every posting for search `index`."""
         return policy.grades(policy.components(self._search(index).need, self._columns, self.tiers))
-
-    def judgments(self, split: str) -> dict[str, list[Judgment]]:
-        """Graded pairs with reasons, by search. Dev and test: every posting above grade 0. Else a stratified sample."""
-        return {query.id: self.judged(int(query.id[1:])) for query in self.queries[split]}
 
     def judged(self, index: int) -> list[Judgment]:
         """The graded pairs of one search."""
@@ -451,10 +426,6 @@ class JobMarket:
         return more.documents[held:], graded
 
     # --- impressions ---------------------------------------------------------------------------------------------
-
-    def impressions(self, split: str) -> dict[str, list[Impression]]:
-        """One page of results per search, with what the searcher did."""
-        return {query.id: self.page(int(query.id[1:])) for query in self.queries[split]}
 
     def page(self, index: int) -> list[Impression]:
         """A page as an older ranker would have filled it: on the right track, noisy, fond of popular companies."""

@@ -12,8 +12,9 @@ import tensorflow_datasets as tfds
 
 from jaxsearch.data.builder import ChunkedBuilder, Row
 from jaxsearch.data.job_market import generator, people
-from jaxsearch.data.job_market.generator import SPLITS, JobMarket
+from jaxsearch.data.job_market.generator import JobMarket
 from jaxsearch.data.job_market.people import PeopleMarket
+from jaxsearch.data.job_market.searches import SPLITS
 from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Query, Vertical
 
 TABLES = ("documents", "queries", "judgments", "impressions")

@@ -24,10 +24,10 @@ from jaxsearch.data.job_market.draws import (
     pick,
     sample,
     sigmoid,
-    split_of,
     weighted,
 )
-from jaxsearch.data.job_market.generator import PAGE, SPLITS, JobMarket, query_id
+from jaxsearch.data.job_market.generator import PAGE, JobMarket, query_id
+from jaxsearch.data.job_market.searches import Searches
 from jaxsearch.data.network import CONNECTIONS
 from jaxsearch.data.records import BUCKETS, Document, Impression, Judgment, Query
 
@@ -111,7 +111,7 @@ class _Search:
     """Connections, rows of members."""
 
 
-class PeopleMarket:
+class PeopleMarket(Searches[_Search]):
     """One generated network of members. Tables are made on first use and kept.
 
     Args:
@@ -126,16 +126,19 @@ class PeopleMarket:
             raise ValueError(f"people variant is {variant!r}: use one of {', '.join(VARIANTS)}")
         self.variant = variant
         self.network = VARIANTS[variant]
+        super().__init__(self.network.searches, self.network.precedents)
         self.world = JobMarket(variant)
         rng = self._rng("names", 0)
         self.first_names = templates.first_names(self.network.first_names, rng.random)
         self.surnames = templates.surnames(self.network.surnames, rng.random)
         self.schools = templates.schools(self.network.schools, rng.random)
         self._good: dict[policy.Need, np.ndarray] = {}
-        self._searches: dict[int, _Search] = {}
 
     def _rng(self, kind: str, index: int) -> random.Random:
         return random.Random(f"people {VERSION}/{self.variant}/{self.network.seed}/{kind}/{index}")
+
+    def _unit(self, kind: str, index: int) -> float:
+        return self._rng(kind, index).random()
 
     # --- members -------------------------------------------------------------------------------------------------
 
@@ -275,23 +278,6 @@ class PeopleMarket:
 
     # --- searches ------------------------------------------------------------------------------------------------
 
-    def _split(self, index: int) -> str:
-        beyond = index - self.network.searches
-        return split_of(beyond, self.network.precedents, self._rng("split", index).random())
-
-    @cached_property
-    def numbers(self) -> dict[str, list[int]]:
-        """The searches of each split, as in `generator.JobMarket`."""
-        result: dict[str, list[int]] = {split: [] for split in SPLITS}
-        for index in range(self.network.searches + self.network.precedents):
-            result[self._split(index)].append(index)
-        return result
-
-    def _search(self, index: int) -> _Search:
-        if index not in self._searches:
-            self._searches[index] = self._make_search(index)
-        return self._searches[index]
-
     def _make_search(self, index: int) -> _Search:
         rng = self._rng("search", index)
         bucket = BUCKETS[weighted(rng, [_BUCKET_ODDS[name] for name in BUCKETS])]
@@ -355,11 +341,6 @@ class PeopleMarket:
             return replace(need, skill=pick(rng, self.world.technologies[need.occupation]))
         return replace(need, city=int(rng.random() * len(self.world.cities)))
 
-    @cached_property
-    def queries(self) -> dict[str, list[Query]]:
-        """Searches by split."""
-        return {split: [self.query(i) for i in numbers] for split, numbers in self.numbers.items()}
-
     def query(self, index: int) -> Query:
         """One search."""
         rng, search, world = self._rng("query", index), self._search(index), self.world
@@ -406,10 +387,6 @@ class PeopleMarket:
         """int [M]: the policy grade of every member for search `index`."""
         return policy.grades(self._parts(self._search(index).need))
 
-    def judgments(self, split: str) -> dict[str, list[Judgment]]:
-        """Graded pairs with reasons, by search. Dev and test: every member above grade 0. Else good and bad answers, one to two."""
-        return {query.id: self.judged(int(query.id[1:])) for query in self.queries[split]}
-
     def judged(self, index: int) -> list[Judgment]:
         """The graded pairs of one search."""
         need = self._search(index).need
@@ -439,10 +416,6 @@ class PeopleMarket:
         )
 
     # --- impressions ---------------------------------------------------------------------------------------------
-
-    def impressions(self, split: str) -> dict[str, list[Impression]]:
-        """One page of results per search, with what the searcher did."""
-        return {query.id: self.page(int(query.id[1:])) for query in self.queries[split]}
 
     def _distance(self, search: _Search, m: int) -> int:
         """1, 2 or 3, as `network.distance` finds it in the records."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxsearch.data.builder import download_config
-from jaxsearch.data.job_market.generator import SPLITS
 from jaxsearch.data.job_market.job_market_dataset_builder import (
     DOCUMENT_SPLIT,
     NOT_ELIGIBLE,
@@ -17,6 +16,7 @@ from jaxsearch.data.job_market.job_market_dataset_builder import (
     Builder,
     vertical_of,
 )
+from jaxsearch.data.job_market.searches import SPLITS
 from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Query, Vertical, unique_ids
 
 
