@@ -226,7 +226,7 @@ def judged(folder: Path, data: Dataset) -> Labels:
 
 
 def make_training(
-    data: Dataset, retriever: Model, evaluation: Bars, limit: int, labels: Labels | None = None
+    data: Dataset, retriever: Model, evaluation: Evaluation, limit: int, labels: Labels | None = None
 ) -> Training:
     """The same pairs, split and features as the LightGBM of `funnel.py`; grades are the true ones, or these labels."""
     train = list(data.pairs[:limit])

@@ -10,7 +10,8 @@ arms and seeds. Every line has:
 - NDCG@10, poor matches@10 and click AUROC on the funnel's test searches, and what share of the ranker's on full text that is;
 - `shuffled`: NDCG@10 with each document's embeddings swapped for another's, beside `chance`, which is that of random orders;
 - `unseen`: NDCG@10 of the same searches over postings that no stage has seen: the market's next ones, which training data ends before.
-  Beside it the full-text ranker, the retriever's cosine and LightGBM (trained on seen postings, true grades) on the same lists.
+  Beside it the full-text ranker, the retriever's cosine and LightGBM (trained on seen postings) on the same lists: `lightgbm` learned
+  the true grades, which no other model here has seen, `lightgbm_judge` the judge's labels, as the ranker did, `lightgbm_clicks` clicks.
 
 Runs and lines that are there already are not made again.
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from bars import judged, make_training
 from funnel import AUROC, Demo, Evaluation, parameters, train_traditional
 from machine import describe
 from record import append
@@ -35,7 +37,7 @@ from jaxsearch.data.job_market.generator import JobMarket
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import auroc, paired_bootstrap
 from jaxsearch.models.contract import Model, load_model
-from jaxsearch.retrieval.traditional import Features
+from jaxsearch.retrieval.traditional import Features, train_ranker
 from jaxsearch.scoring.mixed import OnDemand, make_document_embedder, make_mixed_scorer, shuffled
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
 from jaxsearch.serving.bundle import make_scorer
@@ -61,6 +63,11 @@ PAPER = {
     "no_stage_1": "-.0185",
 }  # fmt: skip
 """Published change of NDCG@10 by each; of alignment and distillation from what both, and each alone, add to the labels."""
+BARS = {
+    "lightgbm_clicks": "LightGBM, clicks", "lightgbm_judge": "LightGBM, judge's labels", "lightgbm": "LightGBM, true grades",
+}  # fmt: skip
+TREES = 4_500
+"""Training queries of LightGBM at most."""
 UNSEEN = 1_200
 """Postings behind those of the data set."""
 
@@ -141,15 +148,20 @@ class Bench:
     def references(self) -> dict[str, dict[str, Any]]:
         """What arms stand beside: per corpus and way to rank, the NDCG@10 of each query; and the ranker's click AUROC."""
         ranker, retriever = self.stage("ranker"), self.stage("retriever")
-        features, trees, _ = train_traditional(self.data, retriever, self.seen, 4_500, 0)
+        features, trees, clicked = train_traditional(self.data, retriever, self.seen, TREES, 0)
+        labels = judged(self.funnel / "judge_labels", self.data)
+        learned = make_training(self.data, retriever, self.seen, TREES, labels)
+        traditional = {"lightgbm": trees, "lightgbm_judge": train_ranker(learned.spec, *learned.ranked)}
+        if clicked is not None:
+            traditional["lightgbm_clicks"] = clicked
         found: dict[str, dict[str, Any]] = {}
         for name, evaluation in self.corpora.items():
             own = Features(evaluation.data.documents, features.spec, bm25=evaluation.bm25)
             scores = {
                 "full_text": relevance(make_scorer(ranker, evaluation.data.documents), evaluation),
                 "retrieval": evaluation.semantic(retriever).scores,
-                "lightgbm": evaluation.traditional(own, trees, None).scores,
                 "chance": chance(evaluation),
+                **{key: evaluation.traditional(own, x, None).scores for key, x in traditional.items()},
             }
             found[name] = {key: ndcg(evaluation, values) for key, values in scores.items()}
         found["seen"][AUROC] = clicks(make_scorer(ranker, self.data.documents), ranker, self.seen)
@@ -176,7 +188,7 @@ class Bench:
                 }
                 line["clicks_kept"] = (line[AUROC] - 0.5) / (there[AUROC] - 0.5)
             figures = {"ndcg@10": mean(values), "kept": mean(values) / mean(there["full_text"])}
-            for other in ("full_text", "retrieval", "lightgbm"):
+            for other in (name for name in there if name not in ("chance", AUROC)):
                 change = paired_bootstrap(values, there[other])
                 figures[other] = mean(there[other])
                 figures[f"over_{other}"] = [round(x, 5) for x in (change.mean, change.low, change.high)]
@@ -244,7 +256,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "shuffled",
         "chance",
     )
-    names += ("unseen: MixLM", "full text", "retrieval", "LightGBM")
+    names += ("unseen: MixLM", "full text", "retrieval", *BARS.values())
     rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     full = {line["seed"]: line["ndcg@10"] for line in lines if line["arm"] == "full"}
     for arm in ARMS:
@@ -263,7 +275,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
         changes = [line["ndcg@10"] - full[line["seed"]] for line in mine if line["seed"] in full]
         change = "-" if arm == "full" or not changes else f"{np.mean(changes):+.4f}"
-        unseen = [average("unseen", key) for key in ("ndcg@10", "full_text", "retrieval", "lightgbm")]
+        unseen = [average("unseen", key) for key in ("ndcg@10", "full_text", "retrieval", *BARS)]
         cells = [arm, str(len(mine)), average("ndcg@10"), average("kept"), change, PAPER[arm], average(AUROC)]
         rows.append("| " + " | ".join([*cells, average("shuffled"), average("chance"), *unseen]) + " |")
     return "\n".join(rows) + "\n"
