@@ -114,8 +114,9 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
         }  # fmt: skip
 
     yield line("dense", "", False, dense, model.contract.architecture.parameters)
-    starts: dict[str, str] = {}
-    for method, refit in ARMS if options.mlp or options.heads else ARMS[:1]:
+    every = ARMS if options.mlp or options.heads else ARMS[:1]
+    folders = {method: f"{options.workdir}/pruned_{method}" for method in dict(every)}
+    for method, refit in () if options.recover_only else every:
         plan = Pruning(
             mlp=options.mlp,
             heads=options.heads,
@@ -128,12 +129,11 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
         pruned = prune_model(model, data, plan, queries=options.queries, candidates=options.candidates)
         parameters = pruned.contract.architecture.parameters
         yield line("one-shot", method, refit, measure(pruned.module, model), parameters)
-        if method not in starts and options.recover:
-            starts[method] = f"{options.workdir}/pruned_{method}"
-            if not Path(starts[method]).is_dir():
-                save_pruned(Path(starts[method]), pruned, model)
-    starts["dense"] = options.model
-    for method, start in starts.items() if options.recover else ():
+        if (
+            options.recover and not Path(folders[method]).is_dir()
+        ):  # of a baseline: as published, which comes first
+            save_pruned(Path(folders[method]), pruned, model)
+    for method, start in {**folders, "dense": options.model}.items() if options.recover else ():
         recovered = recover(method, start, model, data, options)
         parameters = recovered.contract.architecture.parameters
         values = measure(recovered.module, recovered)
@@ -150,7 +150,8 @@ def recover(name: str, start: str, model: Model, data: Dataset, options: argpars
     teachers += ["--task.engagement-teachers", scores] if contract.actions else []
     prompt = contract.prompts["pair"]
     return demo.train(
-        f"recovered_{name}", options.config, "--task.model.init-from", start, *teachers, "--steps", str(options.recover),
+        f"recovered_{name}", options.config, "--task.model.init-from", start, "--task.model.layers", "0", *teachers,
+        "--steps", str(options.recover),
         "--task.prompt.max-document-tokens", str(prompt.max_document_tokens),
         *(["--task.prompt.features", *prompt.features] if prompt.features else []), *options.set,
     )  # fmt: skip
@@ -172,6 +173,9 @@ def main() -> int:
     parser.add_argument("--layers-drop", type=int, default=0, help="one-shot: whole layers")
     parser.add_argument("--which", default="last", help="one-shot: last or least")
     parser.add_argument("--recover", type=int, default=0, help="steps of recovery; 0: none")
+    parser.add_argument(
+        "--recover-only", action="store_true", help="go on from the pruned models in --workdir"
+    )
     parser.add_argument(
         "--workdir", default="runs/recovery", help="of the recoveries; finished ones are kept"
     )
