@@ -17,6 +17,7 @@ weights are random, which costs no training: speed and FLOPs do not depend on th
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -37,6 +38,7 @@ from record import append
 from workloads import Workload, flops
 
 from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.prompts import PromptRoom
 from jaxsearch.data.records import Document, Query
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import auroc, paired_bootstrap
@@ -201,7 +203,9 @@ class Bench:
             * ranker.contract.architecture.width
             * np.dtype(ranker.contract.architecture.dtype).itemsize
         )
-        return language_model(scorer, ranker, size, self.evaluation.action)
+        read = PromptRoom(encoder.tokenizer, encoder.contract.prompts["document"]).documents(documents)
+        contender = language_model(scorer, ranker, size, self.evaluation.action)
+        return dataclasses.replace(contender, truncated=float(np.mean([part.truncated > 0 for part in read])))
 
     def lightgbm(self) -> Contender:
         """Boosted trees on fields, BM25 and the retriever's cosine."""

@@ -208,11 +208,11 @@ class Chain:
         if self.warm:
             start = ["--task.model.init-from", self.path(name), *self._steps("mixlm_whole")]
             start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder"), *stores]
-            terms = ["--task.align-weight", "0", "--task.curriculum", "0", "--task.unique-documents", "1"]
-            limits = [*self._cut(whole=True), *self._cut("encoder-prompt", whole=True)]
-            limits += ["--task.encoder-prompt.longest-first", "True"]
+            # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's whole reading is aligned to.
+            terms = ["--task.curriculum", "0.4", "--task.text-every", "1", *self._cut()]
+            terms += [*self._cut("encoder-prompt", whole=True), "--task.encoder-prompt.longest-first", "True"]
             name = f"{name}_whole"
-            self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits, *self._whole(32, 16))
+            self.demo.train(name, "mixlm.py:tiny", *start, *terms, *self._whole(4, 8))
         return load_model(self.path(name)), load_model(Path(self.path(name)) / "encoder")
 
 
