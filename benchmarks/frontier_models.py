@@ -2,7 +2,7 @@
 
 Nothing that a judge would have to read is needed: teachers learn the data set's own grades and impressions. What reads documents first
 reads `warm` tokens of them, in which the structured fields of a generated posting stand; the ranker, its pruned form and MixLM's encoder
-then go on with whole documents, a batch of far fewer pairs. With warm = 0 they read whole ones from the start.
+then go on with longer and longer documents, a batch of fewer and fewer pairs. With warm = 0 they read whole ones from the start.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ from jaxsearch.tasks.defaults import TINY_SERVED, tiny_prompt
 VOCABULARY = 4096
 WHOLE = 1400
 """Tokens of a whole document at most."""
-PER_QUERY = 16
-"""Pairs of a training query that teachers score."""
+LENGTHS = {160: (16, 8), 400: (8, 8), WHOLE: (4, 8)}
+"""Tokens of a document that are read one stage after another, and the queries and candidates of a batch."""
 SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
-    "base": 450, "retriever": 300, "relevance_teacher": 300, "engagement_teacher": 150, "student": 440, "whole": 100, "summarised": 150,
-    "mixlm": 4_200, "mixlm_whole": 300,
+    "base": 450, "retriever": 300, "relevance_teacher": 3_000, "engagement_teacher": 300, "student": 1_500, "longer": 200,
+    "summarised": 150, "mixlm": 5_000,
 }  # fmt: skip
-"""Of each stage: about an hour and a half of one core, half of it MixLM's, which has the longest way to go."""
+"""Of each stage: about four hours of one core. After a tenth of the relevance teacher's, rankers stand below the retriever."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
 """A third of a first training's rates, for what only has to get used to whole documents."""
@@ -71,10 +71,11 @@ class Chain:
         limit = WHOLE if whole or not self.warm else self.warm
         return [f"--task.{part}.max-document-tokens", str(limit)]
 
-    def _whole(self, queries: int, candidates: int) -> list[str]:
-        """A batch of whole documents, and an evaluation of few."""
-        sizes = ["--batch-size", str(queries), "--task.candidates", str(candidates)]
-        return [*sizes, "--task.data.eval-queries", "20", "--log-every", "5", *FINE]
+    def _longer(self, tokens: int) -> list[str]:
+        """A batch of longer documents, and an evaluation of few."""
+        queries, candidates = LENGTHS[tokens]
+        sizes = ["--batch-size", str(queries), "--task.candidates", str(candidates), *self._steps("longer")]
+        return [*sizes, "--task.data.eval-queries", "20", "--log-every", "10", *FINE]
 
     def tokenizer(self) -> str:
         """A vocabulary of the data's own words, so that documents are no longer than they must be."""
@@ -116,9 +117,9 @@ class Chain:
             stores += ["--task.engagement-teachers", self.score("engagement_scores", engagement)]
         return stores
 
-    def score(self, name: str, model: Model, retriever: Model | None = None) -> str:
-        """A store of scores of the training pairs, or of what the first stages find."""
-        return self.demo.label(name, model, self.data, 0 if retriever else PER_QUERY, retriever)
+    def score(self, name: str, model: Model) -> str:
+        """A store of scores of the training pairs and of what the first stages find, which is what will be ranked."""
+        return self.demo.label(name, model, self.data, 0, self.retriever())
 
     def _student(self, name: str, init_from: str) -> Model:
         """A ranker distilled from both teachers."""
@@ -129,9 +130,11 @@ class Chain:
         """The same, used to whole documents."""
         if not self.warm:
             return load_model(self.path(name))
-        start = ["--task.model.init-from", self.path(name), *self.teachers(), *self._steps("whole")]
-        more = [*self._cut(whole=True), *self._whole(4, 8)]
-        return self.demo.train(f"{name}_whole", "ranker.py:tiny", *start, *more)
+        for tokens in LENGTHS:
+            start = ["--task.model.init-from", self.path(name), *self.teachers(), *self._longer(tokens)]
+            name = f"{name.split('_')[0]}_{tokens}"
+            self.demo.train(name, "ranker.py:tiny", *start, "--task.prompt.max-document-tokens", str(tokens))
+        return load_model(self.path(name))
 
     def short_ranker(self) -> Model:
         """The ranker before it has seen whole documents."""
@@ -186,7 +189,7 @@ class Chain:
 
     def short_mixlm(self, tokens: int) -> list[str]:
         """Trains ranker and encoder on the first tokens of documents; returns the overrides that say what they learn from."""
-        scores = self.score("ranker_scores", self.short_ranker(), self.retriever())
+        scores = self.score("ranker_scores", self.short_ranker())
         stores = ["--task.relevance-teachers", scores, "--task.tokens", str(tokens)]
         stores += ["--task.engagement-teachers", scores] if self.data.actions else []
         start = [
@@ -202,17 +205,17 @@ class Chain:
     def mixlm(self, tokens: int) -> tuple[Model, Model]:
         """Ranker and encoder with so many embeddings per document.
 
-        What aligned the two is done on the first tokens; the encoder, which alone reads documents, then gets used to whole ones.
+        What aligned the two is done on the first tokens; the encoder, which alone reads documents, then gets used to longer ones.
         """
         name, stores = f"mixlm_{tokens}", self.short_mixlm(tokens)
-        if self.warm:
-            start = ["--task.model.init-from", self.path(name), *self._steps("mixlm_whole")]
-            start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder"), *stores]
-            # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's whole reading is aligned to.
-            terms = ["--task.curriculum", "0.4", "--task.text-every", "1", *self._cut()]
-            terms += [*self._cut("encoder-prompt", whole=True), "--task.encoder-prompt.longest-first", "True"]
-            name = f"{name}_whole"
-            self.demo.train(name, "mixlm.py:tiny", *start, *terms, *self._whole(4, 8))
+        for length in LENGTHS if self.warm else ():
+            start = ["--task.model.init-from", self.path(name), *stores, *self._longer(length)]
+            start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
+            # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's reading is aligned to.
+            terms = ["--task.curriculum", "0.3" if length == min(LENGTHS) else "0", "--task.text-every", "1"]
+            limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(length)]
+            name = f"mixlm_{tokens}_{length}"
+            self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits)
         return load_model(self.path(name)), load_model(Path(self.path(name)) / "encoder")
 
 
