@@ -151,7 +151,8 @@ def test_other_commands_exist() -> None:
             assert f"\n{words[1]}:" in makefile, words
         elif words[0] == "python" and words[1].startswith("benchmarks/"):
             source = (ROOT / words[1]).read_text(encoding="utf-8")
-            own = words[2 : words.index("--set") + 1] if "--set" in words else words[2:]  # the rest is train.py's
+            # What follows --set is train.py's.
+            own = words[2 : words.index("--set") + 1] if "--set" in words else words[2:]
             options = [word for word in own if word.startswith("--")]
             assert not [option for option in options if f'"{option}"' not in source], words
 
