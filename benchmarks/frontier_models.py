@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from flax import nnx
@@ -67,9 +68,8 @@ class Chain:
     def _steps(self, stage: str) -> list[str]:
         return ["--steps", str(STEPS[stage])]
 
-    def _cut(self, part: str = "prompt", *, whole: bool = False) -> list[str]:
-        limit = WHOLE if whole or not self.warm else self.warm
-        return [f"--task.{part}.max-document-tokens", str(limit)]
+    def _cut(self, part: str = "prompt") -> list[str]:
+        return [f"--task.{part}.max-document-tokens", str(self.warm or WHOLE)]
 
     def _longer(self, tokens: int) -> list[str]:
         """A batch of longer documents, and an evaluation of few."""
@@ -101,6 +101,7 @@ class Chain:
             *self._cut("document-prompt"),
         )  # fmt: skip
 
+    @cached_property
     def teachers(self) -> list[str]:
         """Overrides that name the stores of both teachers, who are of the student's size."""
         self.retriever()
@@ -123,22 +124,24 @@ class Chain:
 
     def _student(self, name: str, init_from: str) -> Model:
         """A ranker distilled from both teachers."""
-        start = ["--task.model.init-from", init_from, *self.teachers(), *self._steps("student")]
+        start = ["--task.model.init-from", init_from, *self.teachers, *self._steps("student")]
         return self.demo.train(name, "ranker.py:tiny", *start, *self._cut())
 
     def _whole_student(self, name: str) -> Model:
         """The same, used to whole documents."""
         if not self.warm:
             return load_model(self.path(name))
+        latest = name
         for tokens in LENGTHS:
-            start = ["--task.model.init-from", self.path(name), *self.teachers(), *self._longer(tokens)]
-            name = f"{name.split('_')[0]}_{tokens}"
-            self.demo.train(name, "ranker.py:tiny", *start, "--task.prompt.max-document-tokens", str(tokens))
-        return load_model(self.path(name))
+            start = ["--task.model.init-from", self.path(latest), *self.teachers, *self._longer(tokens)]
+            latest = f"{name}_{tokens}"
+            self.demo.train(
+                latest, "ranker.py:tiny", *start, "--task.prompt.max-document-tokens", str(tokens)
+            )
+        return load_model(self.path(latest))
 
     def short_ranker(self) -> Model:
         """The ranker before it has seen whole documents."""
-        self.teachers()
         return self._student("ranker", self.path("relevance_teacher"))
 
     def ranker(self) -> Model:
@@ -180,7 +183,7 @@ class Chain:
         start = [
             "--task.model.init-from",
             self.path(name),
-            *self.teachers(),
+            *self.teachers,
             "--task.summaries",
             self.summaries(),
         ]

@@ -105,6 +105,17 @@ class Demo:
                     print(f"{metric} {value:.4f}")
         return load_model(folder / "model")
 
+    @staticmethod
+    def taught_by(teacher: Model, scores: str) -> list[str]:
+        """Options of a ranker that learns what `teacher` says, from a store of its scores, and reads what it reads."""
+        contract, prompt = teacher.contract, teacher.contract.prompts["pair"]
+        objectives = ["relevance", "engagement"] if contract.actions else ["relevance"]
+        return [
+            *(word for name in objectives for word in (f"--task.{name}-teachers", scores)),
+            "--task.prompt.max-document-tokens", str(prompt.max_document_tokens),
+            "--task.prompt.features", *prompt.features,
+        ]  # fmt: skip
+
     def label(
         self, name: str, model: Model, data: Dataset, per_query: int, retriever: Model | None = None
     ) -> str:

@@ -151,9 +151,9 @@ class Bench:
         features, trees, clicked = train_traditional(self.data, retriever, self.seen, TREES, 0)
         labels = judged(self.funnel / "judge_labels", self.data)
         learned = make_training(self.data, retriever, self.seen, TREES, labels)
-        traditional = {"lightgbm": trees, "lightgbm_judge": train_ranker(learned.spec, *learned.ranked)}
-        if clicked is not None:
-            traditional["lightgbm_clicks"] = clicked
+        assert clicked is not None  # the market has impressions
+        judge = train_ranker(learned.spec, *learned.ranked)
+        traditional = {"lightgbm": trees, "lightgbm_judge": judge, "lightgbm_clicks": clicked}
         found: dict[str, dict[str, Any]] = {}
         for name, evaluation in self.corpora.items():
             own = Features(evaluation.data.documents, features.spec, bm25=evaluation.bm25)
@@ -188,7 +188,7 @@ class Bench:
                 }
                 line["clicks_kept"] = (line[AUROC] - 0.5) / (there[AUROC] - 0.5)
             figures = {"ndcg@10": mean(values), "kept": mean(values) / mean(there["full_text"])}
-            for other in (name for name in there if name not in ("chance", AUROC)):
+            for other in ("full_text", "retrieval", *BARS):
                 change = paired_bootstrap(values, there[other])
                 figures[other] = mean(there[other])
                 figures[f"over_{other}"] = [round(x, 5) for x in (change.mean, change.low, change.high)]

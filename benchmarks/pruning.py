@@ -129,32 +129,23 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
         pruned = prune_model(model, data, plan, queries=options.queries, candidates=options.candidates)
         parameters = pruned.contract.architecture.parameters
         yield line("one-shot", method, refit, measure(pruned.module, model), parameters)
-        if (
-            options.recover and not Path(folders[method]).is_dir()
-        ):  # of a baseline: as published, which comes first
+        # A baseline's folder holds it as published, which comes first.
+        if options.recover and not Path(folders[method]).is_dir():
             save_pruned(Path(folders[method]), pruned, model)
-    for method, start in {**folders, "dense": options.model}.items() if options.recover else ():
-        recovered = recover(method, start, model, data, options)
-        parameters = recovered.contract.architecture.parameters
-        values = measure(recovered.module, recovered)
-        yield line("recovered", method, method == "osscar", values, parameters) | {"steps": options.recover}
-
-
-def recover(name: str, start: str, model: Model, data: Dataset, options: argparse.Namespace) -> Model:
-    """The model in `start` after --recover steps, taught by what the dense one says."""
+    if not options.recover:
+        return
     demo = Demo(
         Path(options.workdir), options.dataset, options.data_dir, options.seed, 1, options.max_queries, False
     )
-    scores, contract = demo.label("scores", model, data, options.per_query), model.contract
-    teachers = ["--task.relevance-teachers", scores]
-    teachers += ["--task.engagement-teachers", scores] if contract.actions else []
-    prompt = contract.prompts["pair"]
-    return demo.train(
-        f"recovered_{name}", options.config, "--task.model.init-from", start, "--task.model.layers", "0", *teachers,
-        "--steps", str(options.recover),
-        "--task.prompt.max-document-tokens", str(prompt.max_document_tokens),
-        *(["--task.prompt.features", *prompt.features] if prompt.features else []), *options.set,
-    )  # fmt: skip
+    taught = demo.taught_by(model, demo.label("scores", model, data, options.per_query))
+    for method, start in {**folders, "dense": options.model}.items():
+        recovered = demo.train(
+            f"recovered_{method}", options.config, "--task.model.init-from", start, "--task.model.layers", "0", *taught,
+            "--steps", str(options.recover), *options.set,
+        )  # fmt: skip
+        parameters = recovered.contract.architecture.parameters
+        values = measure(recovered.module, recovered)
+        yield line("recovered", method, method == "osscar", values, parameters) | {"steps": options.recover}
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ def finished(folder: Path, config: TrainConfig) -> bool:
     if not contract.is_file():
         return False
     there = flatten(with_defaults(json.loads(contract.read_text())["training"], config))
-    wanted = flatten(json.loads(json.dumps(to_dict(config))))
+    wanted = flatten(to_dict(config))
     if differing := sorted(key for key in there | wanted if there.get(key) != wanted.get(key)):
         shown = ", ".join(f"{key} {there.get(key)!r} (not {wanted.get(key)!r})" for key in differing[:3])
         raise InputError(

@@ -128,13 +128,9 @@ class Bench:
 
     def tuned(self, name: str, summaries: str) -> Model:
         """The ranker after some steps on summaries ("": on full text), taught by what it says of the full text."""
-        scores, contract = self.scores(), self.ranker.contract
-        teachers = ["--task.relevance-teachers", scores]
-        teachers += ["--task.engagement-teachers", scores] if contract.actions else []
-        limit = str(contract.prompts["pair"].max_document_tokens)
         return self.demo.train(
-            f"tuned_{name}", "ranker.py:tiny", "--task.model.init-from", self.options.ranker, *teachers,
-            "--task.prompt.max-document-tokens", limit, "--task.prompt.features", *contract.prompts["pair"].features,
+            f"tuned_{name}", "ranker.py:tiny", "--task.model.init-from", self.options.ranker,
+            *self.demo.taught_by(self.ranker, self.scores()),
             "--steps", str(self.options.tune), "--task.summaries", summaries,
             "--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "0.006",
         )  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsearch.data.store_kinds import other_kind
-from jaxsearch.errors import InputError
+from jaxsearch.errors import InputError, differences
 
 META = "store.json"
 
@@ -186,9 +186,7 @@ def _read_meta(folder: Path) -> StoreMeta:
 
 
 def _refuse_difference(folder: Path, there: StoreMeta, wanted: StoreMeta) -> None:
-    names = [name for name, value in asdict(wanted).items() if asdict(there)[name] != value]
-    if names:
-        shown = ", ".join(f"{name} {asdict(there)[name]!r} (not {asdict(wanted)[name]!r})" for name in names)
+    if differing := differences(asdict(there), asdict(wanted)):
         raise StoreError(
-            f"{folder} already holds scores with {shown}: give another folder, or delete this one"
+            f"{folder} already holds scores with {', '.join(differing)}: give another folder, or delete this one"
         )

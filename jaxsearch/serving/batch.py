@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from jaxsearch.data.jsonl import read_records, write_lines
 from jaxsearch.data.records import Query, unique_ids
-from jaxsearch.errors import InputError
+from jaxsearch.errors import InputError, differences
 from jaxsearch.serving.bundle import Bundle
 
 META, RANKINGS, TREC = "batch.json", "rankings.jsonl", "run.trec"
@@ -117,11 +117,7 @@ def _same_job(folder: Path, job: dict[str, object]) -> None:
     path = folder / META
     if path.is_file():
         there = json.loads(path.read_text())
-        if differing := [
-            f"{name} {there.get(name)!r} (not {value!r})"
-            for name, value in job.items()
-            if there.get(name) != value
-        ]:
+        if differing := differences(there, job):
             raise InputError(
                 f"{folder} holds results made with another {', '.join(differing)}: give another --output, or delete it"
             )

@@ -17,7 +17,7 @@ class FirstStage:
     """BM25 and a retriever, each of which finds so many documents."""
 
     retriever: Model
-    depth: int = 30
+    depth: int
 
     def __post_init__(self) -> None:
         if self.depth < 1:

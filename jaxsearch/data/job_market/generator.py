@@ -28,7 +28,7 @@ from jaxsearch.data.job_market.draws import (
     sigmoid,
     weighted,
 )
-from jaxsearch.data.job_market.searches import Searches
+from jaxsearch.data.job_market.searches import Searches, query_id, query_number
 from jaxsearch.data.records import Document, Impression, Judgment, Query
 
 VERSION = "v2"
@@ -73,11 +73,6 @@ VARIANTS = {
     "default": Market(300, 16, 4_000, 8_000, 24, 200, skills=8, named=4, description=(90, 700)),
     "long": Market(120, 12, 1_500, 4_000, 16, 100, skills=8, named=4, description=(900, 1_200)),
 }
-
-
-def query_id(index: int) -> str:
-    """The id of a search, of jobs or of people."""
-    return f"s{index:05d}"
 
 
 def _length(name: str) -> tuple[bool, int]:
@@ -142,9 +137,6 @@ class JobMarket(Searches[_Search]):
 
     def _rng(self, kind: str, index: int) -> random.Random:
         return random.Random(f"{VERSION}/{self.variant}/{self.market.seed}/{kind}/{index}")
-
-    def _unit(self, kind: str, index: int) -> float:
-        return self._rng(kind, index).random()
 
     # --- the world -----------------------------------------------------------------------------------------------
 
@@ -420,7 +412,7 @@ class JobMarket(Searches[_Search]):
         more.market = dataclasses.replace(self.market, postings=held + count)
         graded = {}
         for query in self.queries["test"]:
-            need = self._search(int(query.id[1:])).need
+            need = self._search(query_number(query.id)).need
             row = policy.grades(policy.components(need, more._columns, more.tiers))[held:]
             graded[query.id] = {int(place): int(row[place]) for place in np.flatnonzero(row)}
         return more.documents[held:], graded

@@ -14,7 +14,7 @@ from jaxsearch.data.builder import ChunkedBuilder, Row
 from jaxsearch.data.job_market import generator, people
 from jaxsearch.data.job_market.generator import JobMarket
 from jaxsearch.data.job_market.people import PeopleMarket
-from jaxsearch.data.job_market.searches import SPLITS
+from jaxsearch.data.job_market.searches import SPLITS, query_id
 from jaxsearch.data.records import ACTIONS, Document, Impression, Judgment, Query, Vertical
 
 TABLES = ("documents", "queries", "judgments", "impressions")
@@ -138,10 +138,9 @@ def _row(variant: str, table: str, number: int) -> Row:
         return _document_row(market.document(number), schema)
     if table == "queries":
         return _query_row(market.query(number), schema)
-    query_id = generator.query_id(number)
     if table == "judgments":
-        return _judgments_row(query_id, market.judged(number))
-    return _page_row(query_id, market.page(number))
+        return _judgments_row(query_id(number), market.judged(number))
+    return _page_row(query_id(number), market.page(number))
 
 
 def _document_row(item: Document, schema: Schema) -> Row:

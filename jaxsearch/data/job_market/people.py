@@ -26,8 +26,8 @@ from jaxsearch.data.job_market.draws import (
     sigmoid,
     weighted,
 )
-from jaxsearch.data.job_market.generator import PAGE, JobMarket, query_id
-from jaxsearch.data.job_market.searches import Searches
+from jaxsearch.data.job_market.generator import PAGE, JobMarket
+from jaxsearch.data.job_market.searches import Searches, query_id
 from jaxsearch.data.network import CONNECTIONS
 from jaxsearch.data.records import BUCKETS, Document, Impression, Judgment, Query
 
@@ -136,9 +136,6 @@ class PeopleMarket(Searches[_Search]):
 
     def _rng(self, kind: str, index: int) -> random.Random:
         return random.Random(f"people {VERSION}/{self.variant}/{self.network.seed}/{kind}/{index}")
-
-    def _unit(self, kind: str, index: int) -> float:
-        return self._rng(kind, index).random()
 
     # --- members -------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """What both generated markets do with their searches: split them, draw each once, and tell what belongs to a split."""
 
+import random
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -11,6 +12,16 @@ SPLITS = ("train", "dev", "test", "calibration", "golden")
 """The last two are the precedents: judges are measured by them and never learn from them."""
 
 Search = TypeVar("Search")
+
+
+def query_id(index: int) -> str:
+    """The id of a search, of jobs or of people."""
+    return f"s{index:05d}"
+
+
+def query_number(name: str) -> int:
+    """The search of an id."""
+    return int(name[1:])
 
 
 class Searches(ABC, Generic[Search]):
@@ -26,8 +37,8 @@ class Searches(ABC, Generic[Search]):
         self._searches: dict[int, Search] = {}
 
     @abstractmethod
-    def _unit(self, kind: str, index: int) -> float:
-        """A draw from [0, 1) that belongs to this thing alone."""
+    def _rng(self, kind: str, index: int) -> random.Random:
+        """Draws that belong to this thing alone."""
 
     @abstractmethod
     def _make_search(self, index: int) -> Search: ...
@@ -51,7 +62,7 @@ class Searches(ABC, Generic[Search]):
 
     def _split(self, index: int) -> str:
         searches, precedents = self._sizes
-        return split_of(index - searches, precedents, self._unit("split", index))
+        return split_of(index - searches, precedents, self._rng("split", index).random())
 
     @cached_property
     def numbers(self) -> dict[str, list[int]]:
@@ -68,13 +79,8 @@ class Searches(ABC, Generic[Search]):
 
     def judgments(self, split: str) -> dict[str, list[Judgment]]:
         """Graded pairs with reasons, by search. Dev and test: everything above grade 0. Else good and bad answers, one to two."""
-        return {query.id: self.judged(_number(query)) for query in self.queries[split]}
+        return {query.id: self.judged(query_number(query.id)) for query in self.queries[split]}
 
     def impressions(self, split: str) -> dict[str, list[Impression]]:
         """One page of results per search, with what the searcher did."""
-        return {query.id: self.page(_number(query)) for query in self.queries[split]}
-
-
-def _number(query: Query) -> int:
-    """What `generator.query_id` makes an id of."""
-    return int(query.id[1:])
+        return {query.id: self.page(query_number(query.id)) for query in self.queries[split]}
