@@ -13,6 +13,8 @@ weights are random, which costs no training: speed and FLOPs do not depend on th
   preloaded, as in serving. The figure is the highest rate whose p99 stays within `--budget-ms`. `engine_items_per_s` leaves out
   tokenising queries and writing pair features.
 
+With `--unseen` rows are ranked on postings of the same generated market that no stage has seen, quality alone (`WORKDIR/rows_unseen`).
+
 `WORKDIR/frontier.md` holds the table with the published row beside each, `frontier.png` quality against items per second.
 """
 
@@ -32,7 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 from frontier_models import Chain, Untrained
-from funnel import AUROC, Demo, Evaluation, parameters, train_traditional
+from funnel import AUROC, Demo, Evaluation, parameters, train_traditional, unseen_postings
 from machine import describe
 from record import append
 from workloads import Workload, flops
@@ -46,9 +48,10 @@ from jaxsearch.models.contract import Model
 from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.retrieval.bm25 import document_text
+from jaxsearch.retrieval.traditional import Features
 from jaxsearch.scoring.buckets import Buckets, steps
 from jaxsearch.scoring.embedding_store import EmbeddingStore, encode_documents
-from jaxsearch.scoring.mixed import make_mixed_scorer
+from jaxsearch.scoring.mixed import make_mixed_scorer, shuffled
 from jaxsearch.scoring.packing import Item
 from jaxsearch.scoring.prefill import PrefillScorer
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
@@ -99,6 +102,8 @@ class Contender:
     """The same without making tokens, to be called again and again."""
     flops: Callable[[Queries, Lists], float] | None = None
     """FLOPs per item, padding left out."""
+    swapped: Callable[[Queries, Lists], Lists] | None = None
+    """`score` with each document's embeddings swapped for another's; None where there are none."""
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
@@ -162,12 +167,18 @@ class Bench:
 
     chain: Chain
     data: Dataset
+    """What is ranked."""
     options: argparse.Namespace
 
     @cached_property
     def evaluation(self) -> Evaluation:
         """Test searches with their candidates."""
         return Evaluation(self.data, self.data.test_splits[0], self.chain.retriever(), 1_000_000)
+
+    @property
+    def name(self) -> str:
+        """What files about a corpus are called by."""
+        return "_unseen" if self.options.unseen else ""
 
     @property
     def workdir(self) -> Path:
@@ -191,13 +202,15 @@ class Bench:
     def mixlm(self, tokens: int) -> Contender:
         """MixLM with embeddings from its store."""
         ranker, encoder = self.chain.mixlm(tokens)
-        path = self.workdir / f"embeddings_{tokens}"
+        path = self.workdir / f"embeddings_{tokens}{self.name}"
         encode_documents(encoder, self.data.documents, path)
         store = EmbeddingStore.open(path, ranker.contract.mixlm)
         store.require(self.data.documents)
         store.preload()
         documents = self.data.documents
-        scorer = make_mixed_scorer(ranker, documents, store.fetcher(documents))
+        fetch = store.fetcher(documents)
+        scorer = make_mixed_scorer(ranker, documents, fetch)
+        other = make_mixed_scorer(ranker, documents, shuffled(fetch, np.arange(len(documents))))
         size = (
             tokens
             * ranker.contract.architecture.width
@@ -205,12 +218,17 @@ class Bench:
         )
         read = PromptRoom(encoder.tokenizer, encoder.contract.prompts["document"]).documents(documents)
         contender = language_model(scorer, ranker, size, self.evaluation.action)
-        return dataclasses.replace(contender, truncated=float(np.mean([part.truncated > 0 for part in read])))
+        cut = float(np.mean([part.truncated > 0 for part in read]))
+        return dataclasses.replace(contender, truncated=cut, swapped=other)
 
     def lightgbm(self) -> Contender:
         """Boosted trees on fields, BM25 and the retriever's cosine."""
         retriever, evaluation = self.chain.retriever(), self.evaluation
-        features, ranker, clicks = train_traditional(self.data, retriever, evaluation, 4_500, 0)
+        # It learns from the data set, whatever is ranked then.
+        known = self.chain.data
+        learned = evaluation if known is self.data else Evaluation(known, known.test_splits[0], retriever, 1)
+        features, ranker, clicks = train_traditional(known, retriever, learned, 4_500, 0)
+        features = Features(self.data.documents, features.spec, bm25=evaluation.bm25)
         embedder = make_embedder(retriever)
 
         def score(queries: Queries, lists: Lists, model: Any = ranker) -> Lists:
@@ -253,7 +271,9 @@ def rows(bench: Bench) -> dict[str, Row]:
         "retrieval": Row(bench.retrieval),
         "pruned": Row(lambda: bench.text(models.pruned())),
     }
-    if models.can_summarise:
+    if bench.options.unseen:
+        print("unseen postings have no summaries: the rows summarised and pruned_summarised are left out")
+    elif models.can_summarise:
         found["summarised"] = Row(lambda: bench.text(models.summarised("ranker"), bench.summaries()))
         found["pruned_summarised"] = Row(lambda: bench.text(models.summarised("pruned"), bench.summaries()))
     else:
@@ -277,7 +297,12 @@ def quality(bench: Bench, contender: Contender, row: Row) -> dict[str, Any]:
     found = ranking_metrics(bench.data, queries, lists, scores)
     figures: dict[str, Any] = {name: float(np.nanmean(found[name])) for name in ("ndcg@10", "poor_match@10")}
     figures |= {AUROC: None, "ndcg_of_queries": found["ndcg@10"].tolist()}
-    if contender.clicks is not None:
+    if contender.swapped is not None:
+        other = [contender.order(x) for x in contender.swapped(queries, lists)]
+        figures["swapped_ndcg@10"] = float(
+            np.nanmean(ranking_metrics(bench.data, queries, lists, other)["ndcg@10"])
+        )
+    if contender.clicks is not None and bench.data.impressions:
         pages = slice(0, options.click_queries or None)
         values = contender.clicks(evaluation.queries[pages], evaluation.page_rows[pages])
         done = evaluation.clicks[: len(values)]
@@ -384,7 +409,7 @@ PARTS: dict[str, tuple[str, Callable[[Bench, Contender, Row], dict[str, Any]]]] 
 
 def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
     """A row's figures; what its file has is not measured again."""
-    options, path = bench.options, bench.workdir / "rows" / f"{name}.json"
+    options, path = bench.options, bench.workdir / f"rows{bench.name}" / f"{name}.json"
     settings = {
         "model": name, "dataset": bench.data.name, "budget_ms": options.budget_ms, "warm_tokens": bench.chain.warm,
         "test_queries": options.test_queries, "click_queries": options.click_queries,
@@ -500,6 +525,7 @@ def main() -> int:
     parser.add_argument(
         "--untrained", action="store_true", help="random weights in a work folder of its own: speed alone"
     )
+    parser.add_argument("--unseen", action="store_true", help="on postings that no stage has seen: quality")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1], help="T_S of the MixLM rows")
     parser.add_argument("--rows", nargs="*", default=[], help="only these rows")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
@@ -521,7 +547,18 @@ def main() -> int:
     data = open_data(DataConfig(options.dataset, data_dir))
     if options.untrained:
         options.parts = ["speed"]
-    bench = Bench((Untrained if options.untrained else Chain)(demo, data, options.warm_tokens), data, options)
+    chain = (Untrained if options.untrained else Chain)(demo, data, options.warm_tokens)
+    if options.unseen:
+        options.parts = ["quality"]
+        name, _, variant = options.dataset.partition(":")
+        if options.untrained or name != "job_market":
+            raise InputError(
+                "--unseen measures quality on more postings of job_market: leave out --untrained"
+            )
+        corpus = unseen_postings(data, variant or "default", len(data.documents))
+        bench = Bench(chain, corpus, options)
+    else:
+        bench = Bench(chain, data, options)
     every = rows(bench)
     if unknown := [name for name in options.rows if name not in every]:
         raise InputError(f"--rows has {unknown[0]!r}: known are {', '.join(every)}")
@@ -530,8 +567,8 @@ def main() -> int:
     }
     ratios, limit = compare(found), describe()
     text = table(found)
-    (workdir / "frontier.md").write_text(text)
-    draw(workdir / "frontier.png", found, f"{data.name}, {options.test_queries} searches")
+    (workdir / f"frontier{bench.name}.md").write_text(text)
+    draw(workdir / f"frontier{bench.name}.png", found, f"{bench.data.name}, {options.test_queries} searches")
     print(f"\n{text}")
     for name, values in ratios.items():
         print(name, json.dumps(values))

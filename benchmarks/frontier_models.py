@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from flax import nnx
-from funnel import Demo
+from funnel import DEPTH, Demo
 
 from jaxsearch.compression.pruning import Pruning, prune_model, save_pruned
 from jaxsearch.data.datasets import Dataset
@@ -31,6 +31,7 @@ from jaxsearch.models.contract import (
 from jaxsearch.models.decoder import DecoderConfig
 from jaxsearch.models.presets import preset
 from jaxsearch.scoring.records import RANKER_LABELS
+from jaxsearch.serving.first_stage import FirstStage
 from jaxsearch.tasks.base import train_tokenizer
 from jaxsearch.tasks.defaults import TINY_SERVED, tiny_prompt
 
@@ -42,10 +43,11 @@ LENGTHS = {160: (16, 8), 400: (8, 8), WHOLE: (4, 8)}
 SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
-    "base": 450, "retriever": 300, "relevance_teacher": 3_000, "engagement_teacher": 300, "student": 1_500, "longer": 200,
-    "summarised": 150, "mixlm": 5_000,
+    "base": 450, "retriever": 300, "relevance_teacher": 3_000, "engagement_teacher": 300, "student": 600, "longer": 200,
+    "summarised": 150, "mixlm_1": 5_000, "mixlm": 1_200,
 }  # fmt: skip
-"""Of each stage: about four hours of one core. After a tenth of the relevance teacher's, rankers stand below the retriever."""
+"""Of each stage: about four hours of one core. After a tenth of the relevance teacher's, rankers stand below the retriever. One embedding
+learns slowly what several learn in a fraction of the steps."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
 """A third of a first training's rates, for what only has to get used to whole documents."""
@@ -120,7 +122,7 @@ class Chain:
 
     def score(self, name: str, model: Model) -> str:
         """A store of scores of the training pairs and of what the first stages find, which is what will be ranked."""
-        return self.demo.label(name, model, self.data, 0, self.retriever())
+        return self.demo.label(name, model, self.data, 0, FirstStage(self.retriever(), DEPTH))
 
     def _student(self, name: str, init_from: str) -> Model:
         """A ranker distilled from both teachers."""
@@ -201,8 +203,9 @@ class Chain:
             "--task.encoder.init-from",
             self.path("retriever"),
         ]
-        more = [*self._steps("mixlm"), *self._cut(), *self._cut("encoder-prompt")]
-        self.demo.train(f"mixlm_{tokens}", "mixlm.py:tiny", *start, *stores, *more)
+        name = f"mixlm_{tokens}"
+        more = [*self._steps(name if name in STEPS else "mixlm"), *self._cut(), *self._cut("encoder-prompt")]
+        self.demo.train(name, "mixlm.py:tiny", *start, *stores, *more)
         return stores
 
     def mixlm(self, tokens: int) -> tuple[Model, Model]:

@@ -9,6 +9,7 @@ are empty.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from stages import finished
 
 from jaxsearch.config import load_config
 from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.job_market.generator import VARIANTS, JobMarket
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.records import Query, to_dict
 from jaxsearch.errors import InputError
@@ -117,14 +119,15 @@ class Demo:
         ]  # fmt: skip
 
     def label(
-        self, name: str, model: Model, data: Dataset, per_query: int, retriever: Model | None = None
+        self, name: str, model: Model, data: Dataset, per_query: int, first: FirstStage | None = None
     ) -> str:
-        """Score the training pairs, or what a retriever and BM25 find, into a store; a finished one is kept."""
+        """Score the training pairs, or what first stages find, into a store; a finished one is kept."""
         with self.stage(name):
-            first = FirstStage(retriever, DEPTH) if retriever else None
-            pairs, source = (first.pairs(data), first.source) if first else ((), "")
+            found = first.pairs(data)[: self.max_queries or None] if first else ()
             folder = self.workdir / name
-            report = label(model, data, folder, per_query=per_query, pairs=pairs, source=source)
+            report = label(
+                model, data, folder, per_query=per_query, pairs=found, source=first.source if first else ""
+            )
         return report.store
 
 
@@ -153,6 +156,22 @@ def parameters(model: Model) -> int:
     """Numbers in the decoder and heads."""
     heads = len(model.contract.actions) * model.contract.architecture.width
     return model.contract.architecture.parameters + heads
+
+
+def unseen_postings(data: Dataset, variant: str, count: int) -> Dataset:
+    """The test searches that have a good answer among so many more postings of the same market, which the data set does not hold.
+
+    Raises:
+      InputError: no such market.
+    """
+    if variant not in VARIANTS:
+        raise InputError(f"the market is {variant!r}: unseen postings are made for {', '.join(VARIANTS)}")
+    documents, graded = JobMarket(variant).unseen(count)
+    queries = [query for query in data.queries["test"] if max(graded[query.id].values(), default=0) > 2]
+    return dataclasses.replace(
+        data, name=f"{data.name}_unseen", documents=documents, queries={**data.queries, "test": queries}, graded=graded,
+        pairs=[], impressions={},
+    )  # fmt: skip
 
 
 class Evaluation:

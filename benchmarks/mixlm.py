@@ -28,12 +28,11 @@ from typing import Any
 import jax
 import numpy as np
 from bars import judged, make_training
-from funnel import AUROC, Demo, Evaluation, parameters, train_traditional
+from funnel import AUROC, DEPTH, Demo, Evaluation, parameters, train_traditional, unseen_postings
 from machine import describe
 from record import append
 
 from jaxsearch.data.datasets import Dataset
-from jaxsearch.data.job_market.generator import JobMarket
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import auroc, paired_bootstrap
 from jaxsearch.models.contract import Model, load_model
@@ -41,6 +40,7 @@ from jaxsearch.retrieval.traditional import Features, train_ranker
 from jaxsearch.scoring.mixed import OnDemand, make_document_embedder, make_mixed_scorer, shuffled
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
 from jaxsearch.serving.bundle import make_scorer
+from jaxsearch.serving.first_stage import FirstStage
 from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
 
 VARIANT = "tiny"
@@ -70,16 +70,6 @@ TREES = 4_500
 """Training queries of LightGBM at most."""
 UNSEEN = 1_200
 """Postings behind those of the data set."""
-
-
-def unseen_postings(data: Dataset) -> Dataset:
-    """The test searches that have a good answer among postings of the same market that are not in the data set."""
-    documents, graded = JobMarket(VARIANT).unseen(UNSEEN)
-    queries = [query for query in data.queries["test"] if max(graded[query.id].values(), default=0) > 2]
-    return dataclasses.replace(
-        data, name=f"{data.name}_unseen", documents=documents, queries={**data.queries, "test": queries}, graded=graded,
-        pairs=[], impressions={},
-    )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -118,12 +108,15 @@ class Bench:
     @cached_property
     def unseen(self) -> Evaluation:
         """The test searches over postings that no stage has seen."""
-        return Evaluation(unseen_postings(self.data), "test", self.stage("retriever"), self.test_queries)
+        return Evaluation(
+            unseen_postings(self.data, VARIANT, UNSEEN), "test", self.stage("retriever"), self.test_queries
+        )
 
     @cached_property
     def scores(self) -> str:
         """The teacher's store: the funnel's ranker on the training pairs and on what the first stages find."""
-        return self.demo.label("ranker_scores", self.stage("ranker"), self.data, 0, self.stage("retriever"))
+        first = FirstStage(self.stage("retriever"), DEPTH)
+        return self.demo.label("ranker_scores", self.stage("ranker"), self.data, 0, first)
 
     def train(self, arm: str, seed: int) -> tuple[Model, Model]:
         """Ranker and encoder of an arm."""

@@ -15,6 +15,7 @@ Two kinds of lines:
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -32,9 +33,10 @@ from jaxsearch.compression.pruning import Pruning, prune_model, save_pruned
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import paired_bootstrap
-from jaxsearch.models.contract import Model, load_model
+from jaxsearch.models.contract import Model, load_model, read_contract
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.records import RecordScorer, relevance_log_odds
+from jaxsearch.serving.first_stage import FirstStage
 from jaxsearch.tasks.base import DataConfig, evaluation_lists, open_data, ranking_metrics
 
 ARMS = [("osscar", True), *((method, refit) for refit in (False, True) for method in METHODS[1:])]
@@ -92,6 +94,20 @@ def reconstruction(model: Model, data: Dataset, options: argparse.Namespace) -> 
     return lines
 
 
+def check_plan(folder: Path, model: Model, plan: Pruning) -> None:
+    """Refuse what a former run pruned otherwise.
+
+    Raises:
+      InputError: names the differences.
+    """
+    told = read_contract(folder).training["pruning"]
+    found = {"parent": told["parent"], **told["plan"]}
+    wanted = {"parent": model.hash, **dataclasses.asdict(plan)}
+    differ = [f"{name} {found.get(name)} (not {x})" for name, x in wanted.items() if found.get(name) != x]
+    if differ:
+        raise InputError(f"{folder} was pruned with {', '.join(differ)}: give another --workdir")
+
+
 def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One line per model, as soon as it is measured."""
     split = options.split or data.test_splits[0]
@@ -116,20 +132,21 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
     yield line("dense", "", False, dense, model.contract.architecture.parameters)
     every = ARMS if options.mlp or options.heads else ARMS[:1]
     folders = {method: f"{options.workdir}/pruned_{method}" for method in dict(every)}
-    for method, refit in () if options.recover_only else every:
-        plan = Pruning(
-            mlp=options.mlp,
-            heads=options.heads,
-            layers=options.layers_drop,
-            which=options.which,
-            method=method,
-            refit=refit,
-            seed=options.seed,
+    plans = {
+        arm: Pruning(
+            mlp=options.mlp, heads=options.heads, layers=options.layers_drop, which=options.which, method=arm[0],
+            refit=arm[1], seed=options.seed,
         )
+        for arm in every
+    }  # fmt: skip
+    # A baseline's folder holds it as published, which comes first.
+    for method, plan in {method: plans[method, refit] for method, refit in reversed(every)}.items():
+        if options.recover and Path(folders[method]).is_dir():
+            check_plan(Path(folders[method]), model, plan)
+    for (method, refit), plan in () if options.recover_only else plans.items():
         pruned = prune_model(model, data, plan, queries=options.queries, candidates=options.candidates)
         parameters = pruned.contract.architecture.parameters
         yield line("one-shot", method, refit, measure(pruned.module, model), parameters)
-        # A baseline's folder holds it as published, which comes first.
         if options.recover and not Path(folders[method]).is_dir():
             save_pruned(Path(folders[method]), pruned, model)
     if not options.recover:
@@ -137,15 +154,21 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
     demo = Demo(
         Path(options.workdir), options.dataset, options.data_dir, options.seed, 1, options.max_queries, False
     )
-    taught = demo.taught_by(model, demo.label("scores", model, data, options.per_query))
+    some = f"_{options.found}" if options.found else ""
+    first = FirstStage(None, options.found) if options.found else None
+    taught = demo.taught_by(model, demo.label(f"scores{some}", model, data, options.per_query, first))
     for method, start in {**folders, "dense": options.model}.items():
+        if options.methods and method not in options.methods:
+            continue
         recovered = demo.train(
-            f"recovered_{method}", options.config, "--task.model.init-from", start, "--task.model.layers", "0", *taught,
-            "--steps", str(options.recover), *options.set,
+            f"recovered_{method}{some}", options.config, "--task.model.init-from", start, "--task.model.layers", "0",
+            *taught, "--steps", str(options.recover), *options.set,
         )  # fmt: skip
         parameters = recovered.contract.architecture.parameters
         values = measure(recovered.module, recovered)
-        yield line("recovered", method, method == "osscar", values, parameters) | {"steps": options.recover}
+        yield line("recovered", method, method == "osscar", values, parameters) | {
+            "steps": options.recover, "found": options.found
+        }  # fmt: skip
 
 
 def main() -> int:
@@ -173,6 +196,10 @@ def main() -> int:
     parser.add_argument("--config", default="ranker.py:tiny", help="that recovers, of configs/")
     parser.add_argument("--max-queries", type=int, default=0, help="training queries; 0: all")
     parser.add_argument("--per-query", type=int, default=16, help="pairs of each that the dense model scores")
+    parser.add_argument(
+        "--found", type=int, default=0, help="documents that BM25 finds for each, scored beside its pairs"
+    )
+    parser.add_argument("--methods", nargs="*", default=[], help="recover these alone (dense: the control)")
     parser.add_argument("--split", default="", help="default: the first test split")
     parser.add_argument("--test-queries", type=int, default=200, help="0: no ranking")
     parser.add_argument("--seed", type=int, default=0)

@@ -6,7 +6,9 @@
 For each budget of --tokens: summaries by truncation and by selection; a summariser that starts from --base (a language model with the
 ranker's tokenizer) and imitates both, then learns from the ranker by GRPO; and for each kind of summary the ranker as it is
 (`frozen`) and the ranker after --tune steps on those summaries (`tuned`), taught by its own scores of the full text. The ranker tuned as
-long on full text is there too. Nothing here reads a grade until the end. What a former run finished is kept.
+long on full text is there too. `grpo` is rewarded by the ranker as it is; `grpo_1` by the one that was tuned on the extracts, `grpo_2` goes
+on from there, rewarded by the one that was tuned on the summaries of `grpo_1`, and so on for --rounds. Nothing here reads a grade until the
+end. What a former run finished is kept.
 
 Lines:
 
@@ -17,7 +19,7 @@ Lines:
   few words the share of its entries that stand in the summary, word for word.
 - `curve`: per budget, the metrics of every logged GRPO step.
 
-The figure beside them (--workdir, `reward_N.png`) shows reward, KL to the ranker and length over the steps.
+The figure beside them (--workdir, `reward_N.png`) shows reward, KL to the ranker and length over the steps, one line for each round.
 """
 
 import argparse
@@ -50,7 +52,6 @@ from jaxsearch.tasks.base import DataConfig, evaluation_lists, open_data, rankin
 from jaxsearch.tasks.summariser import mean_divergence, mean_tokens
 
 CURVE = ("reward", "ranker_kl", "summary_tokens", "copied", "moved", "loss")
-KINDS = ("truncate", "extractive", "imitation", "grpo")
 WORD = re.compile(r"[^\W_]+")
 SHORT = 12
 """Words of a field that is no running text, at most."""
@@ -118,13 +119,31 @@ class Bench:
             "--task.targets", found["extractive"], found["truncate"], *steps[0],
         )  # fmt: skip
         found["imitation"] = self.store(f"store_imitation_{budget}", make_summary_writer(imitation))
-        grpo = self.summariser(
-            "grpo", budget, self.options.variant, "--task.model.init-from",
-            str(self.demo.workdir / f"imitation_{budget}" / "model"), "--task.ranker", self.options.ranker,
-            "--task.scores", self.scores(), *steps[1],
-        )  # fmt: skip
-        found["grpo"] = self.store(f"store_grpo_{budget}", make_summary_writer(grpo))
+        start = self.path("imitation", budget)
+        found["grpo"] = self.rewarded("grpo", budget, start, self.options.ranker, steps[1])
+        latest = "extractive"
+        for name in self.rounds:
+            self.tuned(f"{latest}_{budget}", found[latest])
+            found[name] = self.rewarded(name, budget, start, self.path(f"tuned_{latest}", budget), steps[1])
+            latest, start = name, self.path(name, budget)
         return found
+
+    @property
+    def rounds(self) -> list[str]:
+        """Names of the rounds in which ranker and summariser learn by turns."""
+        return [f"grpo_{n}" for n in range(1, self.options.rounds + 1)]
+
+    def path(self, name: str, budget: int) -> str:
+        """Model folder of a stage."""
+        return str(self.demo.workdir / f"{name}_{budget}" / "model")
+
+    def rewarded(self, name: str, budget: int, start: str, ranker: str, steps: list[str]) -> str:
+        """A store of the summaries of a summariser that learned by GRPO what pays with this ranker."""
+        model = self.summariser(
+            name, budget, self.options.variant, "--task.model.init-from", start, "--task.ranker", ranker,
+            "--task.scores", self.scores(), *steps,
+        )  # fmt: skip
+        return self.store(f"store_{name}_{budget}", make_summary_writer(model))
 
     def tuned(self, name: str, summaries: str) -> Model:
         """The ranker after some steps on summaries ("": on full text), taught by what it says of the full text."""
@@ -170,28 +189,27 @@ class Bench:
         for budget in self.options.tokens:
             stores = self.stores(budget)
             yield from self.curve(budget)
-            for kind in KINDS:
-                shown = show_documents(documents, stores[kind])
+            for kind, store in stores.items():
+                shown = show_documents(documents, store)
                 kept = kept_units(documents, [plain_text(document) for document in shown.documents])
                 more = {"budget": budget, "full": shown.full, "fields": kept}
                 yield self.line(kind, "frozen", self.measure(self.ranker, shown.documents), full, more)
-                tuned.append((kind, stores[kind], shown.documents, more))
+                tuned.append((kind, store, shown.documents, more))
         for kind, store, texts, more in tuned if self.options.tune else ():
             model = self.tuned(f"{kind}_{more['budget']}", store)
             yield self.line(kind, "tuned", self.measure(model, texts), full, more)
 
     def curve(self, budget: int) -> Iterator[dict[str, Any]]:
-        """The GRPO run's metrics, and their figure."""
-        lines = (self.demo.workdir / f"grpo_{budget}" / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
-        draw(self.demo.workdir / f"reward_{budget}.png", rows, budget)
-        for row in rows:
-            yield {
-                "kind": "curve",
-                "budget": budget,
-                "step": row["step"],
-                **{name: row[name] for name in CURVE},
-            }
+        """The GRPO runs' metrics, and their figure."""
+        curves = {}
+        for name in ("grpo", *self.rounds):
+            lines = (self.demo.workdir / f"{name}_{budget}" / "metrics.jsonl").read_text().splitlines()
+            curves[name] = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+        draw(self.demo.workdir / f"reward_{budget}.png", curves, budget)
+        for name, rows in curves.items():
+            for row in rows:
+                some = {"step": row["step"], **{key: row[key] for key in CURVE}}
+                yield {"kind": "curve", "text": name, "budget": budget, **some}
 
 
 def _words(text: str) -> str:
@@ -234,17 +252,19 @@ def units(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield line("extractive", budget, Extractive(tokenizer, budget, documents)(documents))
 
 
-def draw(path: Path, rows: list[dict[str, float]], budget: int) -> None:
-    """Reward, divergence and length over the steps."""
+def draw(path: Path, curves: dict[str, list[dict[str, float]]], budget: int) -> None:
+    """Reward, divergence and length over the steps of each run."""
     mpl.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     names = {"reward": "reward", "ranker_kl": "KL to the ranker on full text", "summary_tokens": "tokens"}
     for axis, (name, label) in zip(axes, names.items(), strict=True):
-        axis.plot([row["step"] for row in rows], [row[name] for row in rows])
+        for run, rows in curves.items():
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=run)
         axis.set(xlabel="step", title=label)
         axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
     figure.suptitle(f"GRPO, at most {budget} tokens")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -264,6 +284,7 @@ def main() -> int:
     parser.add_argument("--variant", default="tiny", help="of configs/summariser.py")
     parser.add_argument("--imitation", type=int, default=0, help="steps (default: the config's)")
     parser.add_argument("--grpo", type=int, default=0, help="steps (default: the config's)")
+    parser.add_argument("--rounds", type=int, default=2, help="of GRPO with a ranker used to summaries")
     parser.add_argument("--tune", type=int, default=120, help="steps of a ranker on summaries; 0: none")
     parser.add_argument("--per-query", type=int, default=16, help="pairs of a training query that are scored")
     parser.add_argument("--max-queries", type=int, default=0, help="training queries (default: all)")

@@ -1,6 +1,7 @@
 """The frontier: FLOPs of lists, requests of a size, ratios, and rows measured with small models."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_rows_are_measured_once_and_kept(
 ) -> None:
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
     options = argparse.Namespace(
-        test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=list(frontier.PARTS)
+        test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=list(frontier.PARTS), unseen=False,
     )  # fmt: skip
     bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, options)
     every = frontier.rows(bench)
@@ -141,6 +142,9 @@ def test_rows_are_measured_once_and_kept(
     assert frontier.compare(found)["mixlm_1"]["speed_ratio"] > 0
     frontier.draw(tmp_path / "frontier.png", found, "small")
     assert (tmp_path / "frontier.png").is_file()
+    # With embeddings of other documents the order is another one, of MixLM alone.
+    assert mixed["swapped_ndcg@10"] != mixed["ndcg@10"]
+    assert "swapped_ndcg@10" not in full
     # Not measured again; not under other settings either.
     assert frontier.measure(bench, "mixlm_1", frontier.Row(lambda: pytest.fail("made again"))) == mixed
     options.budget_ms = 1.0
@@ -152,7 +156,9 @@ def test_scores_alone_are_those_behind_a_shared_prefix(
     frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
 ) -> None:
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
-    bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, argparse.Namespace(test_queries=2))
+    bench = frontier.Bench(
+        SmallChain(funnel, tmp_path, demo), world, argparse.Namespace(test_queries=2, unseen=False)
+    )
     queries, lists = list(world.queries["test"][:2]), [np.arange(8), np.arange(3)]
     shared, alone = (bench.text(bench.chain.ranker(), share=share) for share in (True, False))
     one, other = (np.concatenate(row.score(queries, lists)) for row in (shared, alone))
@@ -160,6 +166,33 @@ def test_scores_alone_are_those_behind_a_shared_prefix(
     shared.fit(queries, lists, 64)
     np.testing.assert_allclose(np.concatenate(shared.score(queries, lists)), one, atol=1e-4)
     np.testing.assert_allclose(np.concatenate(shared.engine(queries, lists)()), one, atol=1e-4)
+
+
+def test_unseen_postings_are_ranked_by_the_same_models(
+    frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
+) -> None:
+    """Another corpus, files of its own, no clicks."""
+    demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
+    options = argparse.Namespace(
+        test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=["quality"], unseen=True
+    )  # fmt: skip
+    chain = SmallChain(funnel, tmp_path, demo)
+    chain.data = world
+    documents = [dataclasses.replace(d, id=f"other {d.id}") for d in reversed(world.documents)]
+    graded = {
+        q: {len(documents) - 1 - row: g for row, g in known.items()} for q, known in world.graded.items()
+    }
+    corpus = dataclasses.replace(world, documents=documents, graded=graded, impressions={})
+    bench = frontier.Bench(chain, corpus, options)
+    every = frontier.rows(bench)
+    assert not {"summarised", "pruned_summarised"} & set(every)
+    found = {
+        name: frontier.measure(bench, name, every[name]) for name in ("shared_prefix", "lightgbm", "mixlm_1")
+    }
+    assert all(row["click_auroc"] is None for row in found.values())
+    assert (tmp_path / "rows_unseen/mixlm_1.json").is_file()
+    assert (tmp_path / "embeddings_1_unseen").is_dir()
+    assert not (tmp_path / "rows").exists()
 
 
 def test_untrained_models_have_the_sizes_of_trained_ones(

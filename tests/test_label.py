@@ -13,6 +13,7 @@ from jaxsearch.data.datasets import Pairs
 from jaxsearch.data.score_store import ScoreStore, StoreError, read_scores
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import ContractError, Model, load_model
+from jaxsearch.retrieval.bm25 import Bm25, document_text
 from jaxsearch.scoring.label import chosen_pairs, label
 from jaxsearch.serving.bundle import make_embedder, make_scorer
 from jaxsearch.serving.first_stage import FirstStage
@@ -137,6 +138,11 @@ def test_what_the_first_stages_find_is_scored(funnel: Funnel, judge: Model, tmp_
     np.testing.assert_allclose(
         np.stack([scores[2, int(row)] for row in pairs[2].documents]), direct, atol=1e-5
     )
+    lexical = Bm25.build([document_text(document) for document in data.documents])
+    rows = lexical.search([query.text for query in data.queries["train"]], 3)[0]
+    for found, some in zip(FirstStage(None, 3).pairs(data), rows, strict=True):
+        assert set(found.documents.tolist()) == set(some[some >= 0]) | set(own.get(found.query, []))
+    assert FirstStage(None, 3).source != first.source
     other = FirstStage(retriever, 4).source
     with pytest.raises(StoreError, match=rf"source '{first.source}' \(not '{other}'\)"):
         label(judge, data, tmp_path, pairs=pairs, source=other)

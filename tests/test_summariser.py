@@ -21,7 +21,7 @@ from jaxsearch.data.prompts import PromptRoom
 from jaxsearch.data.summaries import summarise_documents, with_summary
 from jaxsearch.losses import clipped_policy, group_advantages, reference_kl
 from jaxsearch.models.attention import Causal
-from jaxsearch.models.contract import load_model, make_module, save_model
+from jaxsearch.models.contract import Model, load_model, make_module, save_model
 from jaxsearch.models.generate import generate
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.label import label
@@ -437,6 +437,34 @@ def test_compiled_without_data() -> None:
     assert jax.eval_shape(lambda m, p: task.loss(m, p, key).value(), model, part).shape == ()
 
 
+def taught_ranker(folder: Path, where: Path) -> Model:
+    """A ranker with other weights that says it learned to read summaries."""
+    ranker = load_model(folder / "ranker")
+    contract = dataclasses.replace(ranker.contract, summariser="a" * 64)
+    save_model(where, make_module(contract, nnx.Rngs(7)), contract, ranker.tokenizer)
+    return load_model(where)
+
+
+def test_a_ranker_of_summaries_rewards_by_scores_of_its_teacher(
+    folder: Path, task: GrpoTask, models: Rewarded, batch: dict[str, Any], tmp_path: Path
+) -> None:
+    """Targets are the teacher's; what is divided from them is what the ranker of summaries says."""
+    taught = taught_ranker(folder, tmp_path / "taught")
+    with small_world():
+        other = build(folder, "--task.queries", "7", "--task.temperature", "0.8", "--task.ranker", str(tmp_path / "taught"))  # fmt: skip
+        found = other.batch(np.array([0, 3, 5]), rngs(0, 3))
+        np.testing.assert_array_equal(found["full"], batch["full"])
+        own = Rewarded(models.policy, models.reference, taught.module)
+        figures = other.evaluate(own)
+    assert "dev/ndcg@10" in figures
+    assert "dev/ranker_kl" not in figures  # it knows nothing of the full text
+    texts = jnp.asarray(np.random.default_rng(0).integers(0, 200, (3, 3, BUDGET)))
+    said = jnp.ones(texts.shape, bool)
+    mine = other.rewards(own.ranker, found, texts, said)["ranker_kl"]
+    theirs = task.rewards(models.ranker, batch, texts, said)["ranker_kl"]
+    assert float(jnp.max(jnp.abs(mine - theirs))) > 1e-3
+
+
 # --- refused before training -----------------------------------------------------------------------------------------
 
 
@@ -456,10 +484,13 @@ def test_compiled_without_data() -> None:
             ["--task.ranker", "RETRIEVER", "--task.scores", "SCORES"],
             "a bi_encoder: give the model folder of a ranker",
         ),
-        (["--task.ranker", "TAUGHT", "--task.scores", "SCORES"], "was trained on summaries"),
+        (
+            ["--task.ranker", "TAUGHT", "--task.scores", "TAUGHT_SCORES"],
+            "says of summaries: label with the ranker of full",
+        ),
         (
             ["--task.ranker", "OTHER", "--task.scores", "SCORES"],
-            "holds scores of model .* label with that ranker",
+            "which holds Yes, No by model .* label with that ranker",
         ),
         (["--task.ranker", "RANKER", "--task.scores", "SCORES", "--task.alpha", "0.5"], "scores no actions"),
         (
@@ -481,12 +512,13 @@ def test_refused(folder: Path, tmp_path: Path, more: list[str], words: str) -> N
     ranker = load_model(folder / "ranker")
     names = {"RANKER": folder / "ranker", "RETRIEVER": folder / "retriever", "SCORES": folder / "scores"}
     names |= {"TAUGHT": tmp_path / "taught", "OTHER": tmp_path / "other", "TARGETS": folder / "targets"}
-    if "TAUGHT" in more or "OTHER" in more:
-        changes: dict[str, Any] = {"summariser": "a" * 64} if "TAUGHT" in more else {"training": {"seed": 1}}
-        other = dataclasses.replace(ranker.contract, **changes)
-        save_model(
-            tmp_path / ("taught" if "TAUGHT" in more else "other"), ranker.module, other, ranker.tokenizer
-        )
+    if "TAUGHT" in more:
+        with small_world() as data:
+            label(taught_ranker(folder, tmp_path / "taught"), data, tmp_path / "taught_scores")
+        names["TAUGHT_SCORES"] = tmp_path / "taught_scores"
+    if "OTHER" in more:
+        other = dataclasses.replace(ranker.contract, training={"seed": 1})
+        save_model(tmp_path / "other", ranker.module, other, ranker.tokenizer)
     given = [str(names.get(word, word)) for word in more]
 
     def start() -> None:

@@ -99,11 +99,14 @@ def no_embeddings(rows: NDArray) -> list[NDArray | None]:
 
 
 def shuffled(fetch: Fetch, rows: NDArray, seed: int = 0) -> Fetch:
-    """Each document (rows int [n], all different) with the embeddings of another one: a ranker that reads them falls to chance."""
+    """Each document (rows int [n], all different) with the embeddings of another one: a ranker that reads them falls to chance.
+
+    Rows that are not among them, such as padding, stay as they are.
+    """
     order = np.random.default_rng(seed).permutation(len(rows))
     # Along one cycle, so that none keeps its own.
     other = dict(zip(rows[order].tolist(), rows[np.roll(order, 1)].tolist(), strict=True))
-    return lambda wanted: fetch(np.array([other[row] for row in wanted.tolist()]))
+    return lambda wanted: fetch(np.array([other.get(row, row) for row in wanted.tolist()]))
 
 
 def keep_fields(documents: Sequence[Document], names: Sequence[str]) -> list[Document]:

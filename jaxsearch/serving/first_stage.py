@@ -14,9 +14,9 @@ from jaxsearch.serving.bundle import make_embedder
 
 @dataclass(frozen=True)
 class FirstStage:
-    """BM25 and a retriever, each of which finds so many documents."""
+    """BM25 and a retriever (None: BM25 alone), each of which finds so many documents."""
 
-    retriever: Model
+    retriever: Model | None
     depth: int
 
     def __post_init__(self) -> None:
@@ -26,10 +26,10 @@ class FirstStage:
     @property
     def source(self) -> str:
         """Where its pairs come from, in words that tell two first stages apart."""
-        return f"first {self.depth} of BM25 and {self.retriever.hash}"
+        return f"first {self.depth} of BM25" + (f" and {self.retriever.hash}" if self.retriever else "")
 
     def pairs(self, data: Dataset) -> list[Pairs]:
-        """For each training query, what both find and the documents of its own pairs; nobody graded them.
+        """For each training query, what they find and the documents of its own pairs; nobody graded them.
 
         A data set's own pairs are drawn by grade or by what was shown; lists to rank are of another kind, most of their documents nearly
         fit.
@@ -37,16 +37,18 @@ class FirstStage:
         Raises:
           ContractError: the retriever is another kind of model.
         """
-        queries, embedder = list(data.queries["train"]), make_embedder(self.retriever)
+        queries = list(data.queries["train"])
         depth = min(self.depth, len(data.documents))
         bm25 = Bm25.build([document_text(document) for document in data.documents])
-        lexical, _ = bm25.search([query.text for query in queries], depth)
-        index = ExhaustiveIndex(embedder.documents(data.documents))
-        semantic, _ = index.search(embedder.queries(queries), depth)
+        lists = [bm25.search([query.text for query in queries], depth)[0]]
+        if self.retriever is not None:
+            embedder = make_embedder(self.retriever)
+            index = ExhaustiveIndex(embedder.documents(data.documents))
+            lists.append(index.search(embedder.queries(queries), depth)[0])
         own = {pairs.query: pairs.documents for pairs in data.pairs}
         found = []
-        for query, (a, b) in enumerate(zip(lexical, semantic, strict=True)):
-            every = np.concatenate([a[a >= 0], b, own.get(query, np.zeros(0, np.int32))])
+        for query, some in enumerate(np.concatenate(lists, axis=1)):
+            every = np.concatenate([some[some >= 0], own.get(query, np.zeros(0, np.int32))])
             rows = np.unique(every).astype(np.int32)
             found.append(Pairs(query, rows, np.full(len(rows), -1, np.int32)))
         return found

@@ -10,6 +10,10 @@ Two phases, each a run of its own:
 
   and the loss adds `reference_weight` times the divergence from the model that training began with.
 
+The ranker that rewards may be one that learned to read summaries (`configs/ranker.py` with `task.summaries`); the scores are then those of
+the ranker of full text that taught it. One that has seen whole documents alone is sure of a miss wherever a text is unlike them, so that
+words pay that make it unsure; one that knows short texts is already unsure of what they leave out, and only what they say pays.
+
 Sampled tokens go into the ranker's prompt as they are, so that both models need one tokenizer; the evaluation goes the way of serving:
 greedy text, tokenised anew. Scores of the full text come from a store (`serve.py label` with the ranker): they never change.
 
@@ -82,9 +86,9 @@ class SummariserConfig(TaskConfig):
     """Stores of summaries to imitate (`serve.py summarise`), one of them drawn for a document each time: samples then differ, and GRPO has
     something to choose from. Empty: GRPO."""
     ranker: str = ""
-    """Model folder of the ranker that rewards; with `targets` it only measures."""
+    """Model folder of the ranker that rewards, of full text or of summaries; with `targets` it only measures."""
     scores: str = ""
-    """Store of that ranker's scores of the full text (`serve.py label`)."""
+    """Store of scores of the full text (`serve.py label`): by that ranker or, where it reads summaries, by the one that taught it."""
     queries: int = 8
     """K, training queries that a summary is judged by, drawn anew each time."""
     samples: int = 8
@@ -249,12 +253,14 @@ class SummariserTask(Task):
         documents = list(self.data.documents)
         for row, document in zip(rows, shown, strict=True):
             documents[row] = document
-        if self._full_logits is None:
-            self._full_logits = _scorer(self._ranker, self.data.documents)(queries, candidates)
         logits = _scorer(self._ranker, documents)(queries, candidates)
         odds = [relevance_log_odds(x) for x in logits]
         metrics = ranking_metrics(self.data, queries, candidates, odds)
         figures |= {f"dev/{name}": float(np.nanmean(values)) for name, values in metrics.items()}
+        if self._ranker.contract.summariser:  # which says nothing of the full text
+            return figures
+        if self._full_logits is None:
+            self._full_logits = _scorer(self._ranker, self.data.documents)(queries, candidates)
         full = relevance_log_odds(np.concatenate(self._full_logits))
         return {**figures, "dev/ranker_kl": float(mean_divergence(np.concatenate(odds), full))}
 
@@ -297,16 +303,12 @@ def _load_ranker(folder: str, start: Start) -> Model:
     """The ranker that rewards.
 
     Raises:
-      ConfigError: it is no ranker of full text, or has another tokenizer than the summariser.
+      ConfigError: it is no ranker, or has another tokenizer than the summariser.
     """
     model = load_model(folder)
     if model.contract.kind != "ranker" or not isinstance(model.module, Scorer):
         raise ConfigError(
             f"task.ranker is {folder!r}, a {model.contract.kind}: give the model folder of a ranker"
-        )
-    if model.contract.summariser:
-        raise ConfigError(
-            f"task.ranker is {folder!r}, which was trained on summaries: give the ranker of the full text"
         )
     if model.tokenizer.inner.to_str() != start.tokenizer.inner.to_str():
         raise ConfigError(
@@ -444,16 +446,21 @@ class GrpoTask(SummariserTask):
         """(query row, document row) -> log-odds [1 + A] of relevance and actions.
 
         Raises:
-          ConfigError: the store is another model's.
+          ConfigError: the store is another model's, or of summaries.
           StoreError: it is unfinished, damaged, or of other data.
         """
         folder, contract = self.config.scores, self._ranker.contract
         meta, found = read_scores(folder, self.data.fingerprint)
         wanted = (*contract.labels, *contract.actions)
-        if meta.model != self._ranker.hash or meta.columns != wanted:
+        own = meta.model == self._ranker.hash
+        if own and contract.summariser:
             raise ConfigError(
-                f"task.scores is {folder!r}, which holds scores of model {meta.model[:12]}; task.ranker is {self._ranker.hash[:12]}: "
-                "label with that ranker"
+                f"task.scores is {folder!r}, what task.ranker says of summaries: label with the ranker of full text that taught it"
+            )
+        if not (own or contract.summariser) or meta.columns != wanted:
+            raise ConfigError(
+                f"task.scores is {folder!r}, which holds {', '.join(meta.columns)} by model {meta.model[:12]}; task.ranker is "
+                f"{self._ranker.hash[:12]}, of {', '.join(wanted)}: label with that ranker, or with the one of full text that taught it"
             )
         logits = np.array(list(found.values()), np.float32)
         values = np.concatenate([relevance_log_odds(logits)[:, None], action_log_odds(logits)], axis=1)
