@@ -199,10 +199,10 @@ class Bench:
         found = importlib.import_module("jaxsearch.data.summaries")
         return found.show_documents(self.data.documents, self.chain.summaries()).documents
 
-    def mixlm(self, tokens: int) -> Contender:
-        """MixLM with embeddings from its store."""
-        ranker, encoder = self.chain.mixlm(tokens)
-        path = self.workdir / f"embeddings_{tokens}{self.name}"
+    def mixlm(self, tokens: int, *, cut: bool = False) -> Contender:
+        """MixLM with embeddings from its store; cut: of an encoder that reads the first tokens of a document."""
+        ranker, encoder = (self.chain.short_mixlm if cut else self.chain.mixlm)(tokens)
+        path = self.workdir / f"embeddings_{tokens}{'_cut' if cut else ''}{self.name}"
         encode_documents(encoder, self.data.documents, path)
         store = EmbeddingStore.open(path, ranker.contract.mixlm)
         store.require(self.data.documents)
@@ -218,8 +218,8 @@ class Bench:
         )
         read = PromptRoom(encoder.tokenizer, encoder.contract.prompts["document"]).documents(documents)
         contender = language_model(scorer, ranker, size, self.evaluation.action)
-        cut = float(np.mean([part.truncated > 0 for part in read]))
-        return dataclasses.replace(contender, truncated=cut, swapped=other)
+        ends = float(np.mean([part.truncated > 0 for part in read]))
+        return dataclasses.replace(contender, truncated=ends, swapped=other)
 
     def lightgbm(self) -> Contender:
         """Boosted trees on fields, BM25 and the retriever's cosine."""
@@ -278,7 +278,10 @@ def rows(bench: Bench) -> dict[str, Row]:
         found["pruned_summarised"] = Row(lambda: bench.text(models.summarised("pruned"), bench.summaries()))
     else:
         print("no jaxsearch.data.summaries here: the rows summarised and pruned_summarised are left out")
-    return {**found, "cut": Row(lambda: bench.text(models.short_ranker()))} if models.warm else found
+    if models.warm:
+        found["cut"] = Row(lambda: bench.text(models.short_ranker()))
+        found |= {f"cut_mixlm_{n}": Row(lambda n=n: bench.mixlm(n, cut=True)) for n in bench.options.tokens}
+    return found
 
 
 # --- quality ---------------------------------------------------------------------------------------------------------
@@ -437,7 +440,7 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
 def compare(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The headline: the best MixLM row over the fastest full-text path, ratios of figures and of FLOPs."""
     full = [found[name] for name in ("full_text", "shared_prefix") if name in found]
-    mixed = [row for name, row in found.items() if name.startswith("mixlm")]
+    mixed = [row for name, row in found.items() if "mixlm" in name]
     full = [row for row in full if row.get("items_per_s")]
     if not full or not mixed:
         return {}

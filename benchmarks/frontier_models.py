@@ -1,8 +1,9 @@
 """The models of the frontier on documents that are too long to learn from the start: short first, then whole.
 
 Nothing that a judge would have to read is needed: teachers learn the data set's own grades and impressions. What reads documents first
-reads `warm` tokens of them, in which the structured fields of a generated posting stand; the ranker, its pruned form and MixLM's encoder
-then go on with longer and longer documents, a batch of fewer and fewer pairs. With warm = 0 they read whole ones from the start.
+reads `warm` tokens of them, in which the structured fields of a generated posting stand; the ranker and MixLM's encoder then go on with
+longer and longer documents, a batch of fewer and fewer pairs. With warm = 0 they read whole ones from the start. The ranker of whole
+documents is pruned.
 """
 
 import dataclasses
@@ -124,45 +125,34 @@ class Chain:
         """A store of scores of the training pairs and of what the first stages find, which is what will be ranked."""
         return self.demo.label(name, model, self.data, 0, FirstStage(self.retriever(), DEPTH))
 
-    def _student(self, name: str, init_from: str) -> Model:
-        """A ranker distilled from both teachers."""
-        start = ["--task.model.init-from", init_from, *self.teachers, *self._steps("student")]
-        return self.demo.train(name, "ranker.py:tiny", *start, *self._cut())
-
-    def _whole_student(self, name: str) -> Model:
-        """The same, used to whole documents."""
-        if not self.warm:
-            return load_model(self.path(name))
-        latest = name
-        for tokens in LENGTHS:
-            start = ["--task.model.init-from", self.path(latest), *self.teachers, *self._longer(tokens)]
-            latest = f"{name}_{tokens}"
-            self.demo.train(
-                latest, "ranker.py:tiny", *start, "--task.prompt.max-document-tokens", str(tokens)
-            )
-        return load_model(self.path(latest))
+    def _used_to(self, name: str, init_from: str, tokens: int) -> Model:
+        """A ranker that goes on with documents of so many tokens."""
+        start = ["--task.model.init-from", init_from, *self.teachers, *self._longer(tokens)]
+        return self.demo.train(
+            name, "ranker.py:tiny", *start, "--task.prompt.max-document-tokens", str(tokens)
+        )
 
     def short_ranker(self) -> Model:
-        """The ranker before it has seen whole documents."""
-        return self._student("ranker", self.path("relevance_teacher"))
+        """The ranker before it has seen whole documents, distilled from both teachers."""
+        start = ["--task.model.init-from", self.path("relevance_teacher"), *self.teachers]
+        return self.demo.train("ranker", "ranker.py:tiny", *start, *self._steps("student"), *self._cut())
 
     def ranker(self) -> Model:
         """The ranker that reads text."""
-        self.short_ranker()
-        return self._whole_student("ranker")
-
-    def short_pruned(self) -> Model:
-        """Half of the MLP neurons and the last layer taken from the ranker, and its recovery on first tokens."""
-        short, start = self.short_ranker(), self.demo.workdir / "pruned_start"
-        if not start.is_dir():
-            with self.demo.stage("pruning"):
-                save_pruned(start, prune_model(short, self.data, PRUNED, queries=64, candidates=16), short)
-        return self._student("pruned", str(start))
+        latest, model = "ranker", self.short_ranker()
+        for tokens in LENGTHS if self.warm else ():
+            start, latest = self.path(latest), f"ranker_{tokens}"
+            model = self._used_to(latest, start, tokens)
+        # Once more: its answer stands a thousand tokens behind the fields, which is the last thing that it learns.
+        return self._used_to("ranker_whole", self.path(latest), WHOLE) if self.warm else model
 
     def pruned(self) -> Model:
-        """The same, used to whole documents."""
-        self.short_pruned()
-        return self._whole_student("pruned")
+        """Half of the MLP neurons and the last layer taken from the ranker, and its recovery on whole documents."""
+        whole, start = self.ranker(), self.demo.workdir / "pruned_start"
+        if not start.is_dir():
+            with self.demo.stage("pruning"):
+                save_pruned(start, prune_model(whole, self.data, PRUNED, queries=16, candidates=16), whole)
+        return self._used_to("pruned", str(start), WHOLE)
 
     @property
     def can_summarise(self) -> bool:
@@ -181,7 +171,7 @@ class Chain:
 
     def summarised(self, name: str) -> Model:
         """The ranker, or the pruned one, used to summaries."""
-        (self.short_ranker if name == "ranker" else self.short_pruned)()
+        (self.short_ranker if name == "ranker" else self.pruned)()
         start = [
             "--task.model.init-from",
             self.path(name),
@@ -192,11 +182,18 @@ class Chain:
         more = ["--task.prompt.max-document-tokens", str(2 * SUMMARY), *self._steps("summarised"), *FINE]
         return self.demo.train(f"{name}_summarised", "ranker.py:tiny", *start, *more)
 
-    def short_mixlm(self, tokens: int) -> list[str]:
-        """Trains ranker and encoder on the first tokens of documents; returns the overrides that say what they learn from."""
+    def _mixlm_stores(self, tokens: int) -> list[str]:
+        """Overrides that say what a pair learns from: the ranker's reading of first tokens."""
         scores = self.score("ranker_scores", self.short_ranker())
         stores = ["--task.relevance-teachers", scores, "--task.tokens", str(tokens)]
-        stores += ["--task.engagement-teachers", scores] if self.data.actions else []
+        return [*stores, "--task.engagement-teachers", scores] if self.data.actions else stores
+
+    def _pair(self, name: str) -> tuple[Model, Model]:
+        """Ranker and encoder of a stage."""
+        return load_model(self.path(name)), load_model(Path(self.path(name)) / "encoder")
+
+    def short_mixlm(self, tokens: int) -> tuple[Model, Model]:
+        """Ranker and encoder on the first tokens of documents."""
         start = [
             "--task.model.init-from",
             self.path("ranker"),
@@ -205,15 +202,16 @@ class Chain:
         ]
         name = f"mixlm_{tokens}"
         more = [*self._steps(name if name in STEPS else "mixlm"), *self._cut(), *self._cut("encoder-prompt")]
-        self.demo.train(name, "mixlm.py:tiny", *start, *stores, *more)
-        return stores
+        self.demo.train(name, "mixlm.py:tiny", *start, *self._mixlm_stores(tokens), *more)
+        return self._pair(name)
 
     def mixlm(self, tokens: int) -> tuple[Model, Model]:
         """Ranker and encoder with so many embeddings per document.
 
         What aligned the two is done on the first tokens; the encoder, which alone reads documents, then gets used to longer ones.
         """
-        name, stores = f"mixlm_{tokens}", self.short_mixlm(tokens)
+        self.short_mixlm(tokens)
+        name, stores = f"mixlm_{tokens}", self._mixlm_stores(tokens)
         for length in LENGTHS if self.warm else ():
             start = ["--task.model.init-from", self.path(name), *stores, *self._longer(length)]
             start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
@@ -222,7 +220,7 @@ class Chain:
             limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(length)]
             name = f"mixlm_{tokens}_{length}"
             self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits)
-        return load_model(self.path(name)), load_model(Path(self.path(name)) / "encoder")
+        return self._pair(name)
 
 
 class Untrained(Chain):
@@ -276,3 +274,7 @@ class Untrained(Chain):
         encoder = self._random(f"{name}_encoder", Contract("encoder", self._size(), prompts, mixlm=part))
         part = dataclasses.replace(part, encoder=encoder.hash)
         return self._ranker(name, WHOLE, self._size(), part), encoder
+
+    def short_mixlm(self, tokens: int) -> tuple[Model, Model]:
+        """The same: what the encoder reads is no part of what a request costs."""
+        return self.mixlm(tokens)

@@ -108,15 +108,17 @@ class Demo:
         return load_model(folder / "model")
 
     @staticmethod
-    def taught_by(teacher: Model, scores: str) -> list[str]:
+    def reads_as(model: Model) -> list[str]:
+        """Options of a ranker that reads what `model` reads."""
+        prompt = model.contract.prompts["pair"]
+        length = ["--task.prompt.max-document-tokens", str(prompt.max_document_tokens)]
+        return [*length, "--task.prompt.features", *prompt.features]
+
+    def taught_by(self, teacher: Model, scores: str) -> list[str]:
         """Options of a ranker that learns what `teacher` says, from a store of its scores, and reads what it reads."""
-        contract, prompt = teacher.contract, teacher.contract.prompts["pair"]
-        objectives = ["relevance", "engagement"] if contract.actions else ["relevance"]
-        return [
-            *(word for name in objectives for word in (f"--task.{name}-teachers", scores)),
-            "--task.prompt.max-document-tokens", str(prompt.max_document_tokens),
-            "--task.prompt.features", *prompt.features,
-        ]  # fmt: skip
+        objectives = ["relevance", "engagement"] if teacher.contract.actions else ["relevance"]
+        stores = [word for name in objectives for word in (f"--task.{name}-teachers", scores)]
+        return [*stores, *self.reads_as(teacher)]
 
     def label(
         self, name: str, model: Model, data: Dataset, per_query: int, first: FirstStage | None = None

@@ -11,7 +11,9 @@ Two kinds of lines:
   come as published and with refitted weights (`refit`).
 - `ranking`: NDCG@10 on the first --test-queries of a split of the dense model, of each method after one-shot pruning (--mlp, --layers-drop,
   --heads), and after --recover steps of the ranker's task (--config) in which the dense model's scores teach each method's pruned model,
-  and the dense model itself; with the difference from dense paired by query. --set hands the rest of the line to `train.py`.
+  and the dense model itself; with the difference from dense paired by query. With --grades the task is one that learns the data set's
+  own grades (--config relevance_teacher.py:tiny), as the dense model did, which may then end above it: compare with the dense model that
+  went on for as long. --set hands the rest of the line to `train.py`.
 """
 
 import argparse
@@ -154,9 +156,12 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
     demo = Demo(
         Path(options.workdir), options.dataset, options.data_dir, options.seed, 1, options.max_queries, False
     )
-    some = f"_{options.found}" if options.found else ""
-    first = FirstStage(None, options.found) if options.found else None
-    taught = demo.taught_by(model, demo.label(f"scores{some}", model, data, options.per_query, first))
+    some = "_grades" if options.grades else f"_{options.found}" if options.found else ""
+    if options.grades:
+        taught = demo.reads_as(model)
+    else:
+        first = FirstStage(None, options.found) if options.found else None
+        taught = demo.taught_by(model, demo.label(f"scores{some}", model, data, options.per_query, first))
     for method, start in {**folders, "dense": options.model}.items():
         if options.methods and method not in options.methods:
             continue
@@ -167,7 +172,7 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
         parameters = recovered.contract.architecture.parameters
         values = measure(recovered.module, recovered)
         yield line("recovered", method, method == "osscar", values, parameters) | {
-            "steps": options.recover, "found": options.found
+            "steps": options.recover, "found": options.found, "grades": options.grades,
         }  # fmt: skip
 
 
@@ -198,6 +203,9 @@ def main() -> int:
     parser.add_argument("--per-query", type=int, default=16, help="pairs of each that the dense model scores")
     parser.add_argument(
         "--found", type=int, default=0, help="documents that BM25 finds for each, scored beside its pairs"
+    )
+    parser.add_argument(
+        "--grades", action="store_true", help="recover on grades, not on the dense model's scores"
     )
     parser.add_argument("--methods", nargs="*", default=[], help="recover these alone (dense: the control)")
     parser.add_argument("--split", default="", help="default: the first test split")
