@@ -19,6 +19,7 @@ With `--unseen` rows are ranked on postings of the same generated market that no
 """
 
 import argparse
+import copy
 import dataclasses
 import importlib
 import json
@@ -176,8 +177,8 @@ class Bench:
         return Evaluation(self.data, self.data.test_splits[0], self.chain.retriever(), 1_000_000)
 
     @property
-    def name(self) -> str:
-        """What files about a corpus are called by."""
+    def suffix(self) -> str:
+        """Of the names of files about this corpus."""
         return "_unseen" if self.options.unseen else ""
 
     @property
@@ -202,7 +203,7 @@ class Bench:
     def mixlm(self, tokens: int, *, cut: bool = False) -> Contender:
         """MixLM with embeddings from its store; cut: of an encoder that reads the first tokens of a document."""
         ranker, encoder = (self.chain.short_mixlm if cut else self.chain.mixlm)(tokens)
-        path = self.workdir / f"embeddings_{tokens}{'_cut' if cut else ''}{self.name}"
+        path = self.workdir / f"embeddings_{tokens}{'_cut' if cut else ''}{self.suffix}"
         encode_documents(encoder, self.data.documents, path)
         store = EmbeddingStore.open(path, ranker.contract.mixlm)
         store.require(self.data.documents)
@@ -210,7 +211,8 @@ class Bench:
         documents = self.data.documents
         fetch = store.fetcher(documents)
         scorer = make_mixed_scorer(ranker, documents, fetch)
-        other = make_mixed_scorer(ranker, documents, shuffled(fetch, np.arange(len(documents))))
+        other = copy.copy(scorer)  # the same tokens and programs
+        other.fetch = shuffled(fetch, np.arange(len(documents)))
         size = (
             tokens
             * ranker.contract.architecture.width
@@ -412,7 +414,7 @@ PARTS: dict[str, tuple[str, Callable[[Bench, Contender, Row], dict[str, Any]]]] 
 
 def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
     """A row's figures; what its file has is not measured again."""
-    options, path = bench.options, bench.workdir / f"rows{bench.name}" / f"{name}.json"
+    options, path = bench.options, bench.workdir / f"rows{bench.suffix}" / f"{name}.json"
     settings = {
         "model": name, "dataset": bench.data.name, "budget_ms": options.budget_ms, "warm_tokens": bench.chain.warm,
         "test_queries": options.test_queries, "click_queries": options.click_queries,
@@ -551,6 +553,7 @@ def main() -> int:
     if options.untrained:
         options.parts = ["speed"]
     chain = (Untrained if options.untrained else Chain)(demo, data, options.warm_tokens)
+    corpus = data
     if options.unseen:
         options.parts = ["quality"]
         name, _, variant = options.dataset.partition(":")
@@ -559,9 +562,7 @@ def main() -> int:
                 "--unseen measures quality on more postings of job_market: leave out --untrained"
             )
         corpus = unseen_postings(data, variant or "default", len(data.documents))
-        bench = Bench(chain, corpus, options)
-    else:
-        bench = Bench(chain, data, options)
+    bench = Bench(chain, corpus, options)
     every = rows(bench)
     if unknown := [name for name in options.rows if name not in every]:
         raise InputError(f"--rows has {unknown[0]!r}: known are {', '.join(every)}")
@@ -570,8 +571,10 @@ def main() -> int:
     }
     ratios, limit = compare(found), describe()
     text = table(found)
-    (workdir / f"frontier{bench.name}.md").write_text(text)
-    draw(workdir / f"frontier{bench.name}.png", found, f"{bench.data.name}, {options.test_queries} searches")
+    (workdir / f"frontier{bench.suffix}.md").write_text(text)
+    draw(
+        workdir / f"frontier{bench.suffix}.png", found, f"{bench.data.name}, {options.test_queries} searches"
+    )
     print(f"\n{text}")
     for name, values in ratios.items():
         print(name, json.dumps(values))

@@ -182,9 +182,14 @@ class Chain:
         more = ["--task.prompt.max-document-tokens", str(2 * SUMMARY), *self._steps("summarised"), *FINE]
         return self.demo.train(f"{name}_summarised", "ranker.py:tiny", *start, *more)
 
+    @cached_property
+    def _ranker_scores(self) -> str:
+        """What the ranker of first tokens says."""
+        return self.score("ranker_scores", self.short_ranker())
+
     def _mixlm_stores(self, tokens: int) -> list[str]:
         """Overrides that say what a pair learns from: the ranker's reading of first tokens."""
-        scores = self.score("ranker_scores", self.short_ranker())
+        scores = self._ranker_scores
         stores = ["--task.relevance-teachers", scores, "--task.tokens", str(tokens)]
         return [*stores, "--task.engagement-teachers", scores] if self.data.actions else stores
 

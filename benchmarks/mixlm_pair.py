@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from funnel import Demo, parameters
 from machine import describe
-from record import append
+from record import append, show
 
 from jaxsearch.errors import InputError
 from jaxsearch.metrics import paired_bootstrap
@@ -108,8 +108,7 @@ def main() -> int:
         "seed": options.seed,
     }
     for line in measure(options, train(options)):
-        words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-        print(*words, sep="  ", flush=True)
+        show(line)
         append(options.jsonl, [common | line])
     return 0
 

@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 from funnel import Demo
 from machine import describe
-from record import append
+from record import append, show
 
 from jaxsearch.compression.calibration import Walk, choose_queries, make_batches
 from jaxsearch.compression.osscar import METHODS, reduce_map, relative_error
 from jaxsearch.compression.pruning import Pruning, prune_model, save_pruned
 from jaxsearch.data.datasets import Dataset
-from jaxsearch.errors import InputError
+from jaxsearch.errors import InputError, differences
 from jaxsearch.metrics import paired_bootstrap
 from jaxsearch.models.contract import Model, load_model, read_contract
 from jaxsearch.models.scorer import Scorer
@@ -105,9 +105,8 @@ def check_plan(folder: Path, model: Model, plan: Pruning) -> None:
     told = read_contract(folder).training["pruning"]
     found = {"parent": told["parent"], **told["plan"]}
     wanted = {"parent": model.hash, **dataclasses.asdict(plan)}
-    differ = [f"{name} {found.get(name)} (not {x})" for name, x in wanted.items() if found.get(name) != x]
-    if differ:
-        raise InputError(f"{folder} was pruned with {', '.join(differ)}: give another --workdir")
+    if differing := differences(found, wanted):
+        raise InputError(f"{folder} was pruned with {', '.join(differing)}: give another --workdir")
 
 
 def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -233,8 +232,7 @@ def main() -> int:
         (ranking, bool(options.test_queries), sizes),
     ):
         for line in measure(model, data, options) if wanted else ():
-            words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-            print(*words, sep="  ", flush=True)
+            show(line)
             append(options.jsonl, [common | own | line])
     return 0
 

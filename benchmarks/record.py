@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 
+def show(line: Mapping[str, Any]) -> None:
+    """Print a row, four digits of each number."""
+    words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+    print(*words, sep="  ", flush=True)
+
+
 def append(path: str | os.PathLike[str] | None, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows to a file, which is made with its folder if need be; without a path nothing is kept."""
     if not path:

@@ -28,6 +28,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ import matplotlib as mpl
 import numpy as np
 from funnel import Demo
 from machine import describe
-from record import append
+from record import append, show
 
 from jaxsearch.compression.extractive import Extractive, Truncation, plain_text, split_units
 from jaxsearch.data.datasets import Dataset
@@ -84,6 +85,7 @@ class Bench:
 
     # --- stores and models -----------------------------------------------------------------------------------
 
+    @cached_property
     def scores(self) -> str:
         """The ranker's own scores of the full text."""
         return self.demo.label("ranker_scores", self.ranker, self.data, self.options.per_query)
@@ -141,7 +143,7 @@ class Bench:
         """A store of the summaries of a summariser that learned by GRPO what pays with this ranker."""
         model = self.summariser(
             name, budget, self.options.variant, "--task.model.init-from", start, "--task.ranker", ranker,
-            "--task.scores", self.scores(), *steps,
+            "--task.scores", self.scores, *steps,
         )  # fmt: skip
         return self.store(f"store_{name}_{budget}", make_summary_writer(model))
 
@@ -149,7 +151,7 @@ class Bench:
         """The ranker after some steps on summaries ("": on full text), taught by what it says of the full text."""
         return self.demo.train(
             f"tuned_{name}", "ranker.py:tiny", "--task.model.init-from", self.options.ranker,
-            *self.demo.taught_by(self.ranker, self.scores()),
+            *self.demo.taught_by(self.ranker, self.scores),
             "--steps", str(self.options.tune), "--task.summaries", summaries,
             "--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "0.006",
         )  # fmt: skip
@@ -302,8 +304,7 @@ def main() -> int:
         lines = bench.rows()
     for line in lines:
         if line["kind"] != "curve":
-            words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-            print(*words, sep="  ", flush=True)
+            show(line)
         append(options.jsonl, [common | line])
     return 0
 
