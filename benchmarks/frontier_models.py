@@ -2,8 +2,8 @@
 
 Nothing that a judge would have to read is needed: teachers learn the data set's own grades and impressions. What reads documents first
 reads `warm` tokens of them, in which the structured fields of a generated posting stand; the ranker and MixLM's encoder then go on with
-longer and longer documents, a batch of fewer and fewer pairs. With warm = 0 they read whole ones from the start. The ranker of whole
-documents is pruned.
+samples of whole documents (`data.sampling`), which teach them distances cheaply, and last with the documents themselves, a batch of fewer
+and fewer pairs. With warm = 0 they read whole ones from the start. The ranker of whole documents is pruned.
 """
 
 import dataclasses
@@ -39,16 +39,18 @@ from jaxsearch.tasks.defaults import TINY_SERVED, tiny_prompt
 VOCABULARY = 4096
 WHOLE = 1400
 """Tokens of a whole document at most."""
-LENGTHS = {160: (16, 8), 400: (8, 8), WHOLE: (4, 8)}
-"""Tokens of a document that are read one stage after another, and the queries and candidates of a batch."""
+SAMPLES = {160: (16, 8), 400: (8, 8), WHOLE: (4, 8)}
+"""Tokens of a document that are read one stage after another, samples before the whole; the queries and candidates of a batch."""
 SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
-    "base": 450, "retriever": 300, "relevance_teacher": 3_000, "engagement_teacher": 300, "student": 600, "longer": 200,
-    "summarised": 150, "mixlm_1": 5_000, "mixlm": 1_200,
+    "base": 450, "retriever": 300, "relevance_teacher": 2_000, "engagement_teacher": 200, "student": 400, "summarised": 150, "pruned": 150,
+    "mixlm_1": 5_000, "mixlm": 1_200,
 }  # fmt: skip
-"""Of each stage: about four hours of one core. After a tenth of the relevance teacher's, rankers stand below the retriever. One embedding
-learns slowly what several learn in a fraction of the steps."""
+"""Of each stage: about four hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
+embedding learns slowly what several learn in a fraction of the steps."""
+SAMPLE_STEPS = {160: 600, 400: 150, WHOLE: 200}
+"""Of each stage of `SAMPLES`, for ranker and encoder alike: whole documents cost eight times as much a step."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
 """A third of a first training's rates, for what only has to get used to whole documents."""
@@ -74,11 +76,13 @@ class Chain:
     def _cut(self, part: str = "prompt") -> list[str]:
         return [f"--task.{part}.max-document-tokens", str(self.warm or WHOLE)]
 
-    def _longer(self, tokens: int) -> list[str]:
-        """A batch of longer documents, and an evaluation of few."""
-        queries, candidates = LENGTHS[tokens]
-        sizes = ["--batch-size", str(queries), "--task.candidates", str(candidates), *self._steps("longer")]
-        return [*sizes, "--task.data.eval-queries", "20", "--log-every", "10", *FINE]
+    def _sampled(self, tokens: int, steps: int) -> list[str]:
+        """A batch of samples of documents, or of whole ones, and an evaluation of few."""
+        queries, candidates = SAMPLES[tokens]
+        sizes = ["--batch-size", str(queries), "--task.candidates", str(candidates), "--steps", str(steps)]
+        read = ["--task.document-sample", "0" if tokens == WHOLE else str(tokens)]
+        rates = FULL_RATES if tokens == min(SAMPLES) else FINE
+        return [*sizes, *read, "--task.data.eval-queries", "20", "--log-every", "10", *rates]
 
     def tokenizer(self) -> str:
         """A vocabulary of the data's own words, so that documents are no longer than they must be."""
@@ -125,11 +129,11 @@ class Chain:
         """A store of scores of the training pairs and of what the first stages find, which is what will be ranked."""
         return self.demo.label(name, model, self.data, 0, FirstStage(self.retriever(), DEPTH))
 
-    def _used_to(self, name: str, init_from: str, tokens: int) -> Model:
-        """A ranker that goes on with documents of so many tokens."""
-        start = ["--task.model.init-from", init_from, *self.teachers, *self._longer(tokens)]
+    def _used_to(self, name: str, init_from: str, tokens: int, steps: int) -> Model:
+        """A ranker that goes on with samples of so many tokens."""
+        start = ["--task.model.init-from", init_from, *self.teachers, *self._sampled(tokens, steps)]
         return self.demo.train(
-            name, "ranker.py:tiny", *start, "--task.prompt.max-document-tokens", str(tokens)
+            name, "ranker.py:tiny", *start, "--task.prompt.max-document-tokens", str(WHOLE)
         )
 
     def short_ranker(self) -> Model:
@@ -140,11 +144,10 @@ class Chain:
     def ranker(self) -> Model:
         """The ranker that reads text."""
         latest, model = "ranker", self.short_ranker()
-        for tokens in LENGTHS if self.warm else ():
+        for tokens, steps in SAMPLE_STEPS.items() if self.warm else ():
             start, latest = self.path(latest), f"ranker_{tokens}"
-            model = self._used_to(latest, start, tokens)
-        # Once more: its answer stands a thousand tokens behind the fields, which is the last thing that it learns.
-        return self._used_to("ranker_whole", self.path(latest), WHOLE) if self.warm else model
+            model = self._used_to(latest, start, tokens, steps)
+        return model
 
     def pruned(self) -> Model:
         """Half of the MLP neurons and the last layer taken from the ranker, and its recovery on whole documents."""
@@ -152,7 +155,7 @@ class Chain:
         if not start.is_dir():
             with self.demo.stage("pruning"):
                 save_pruned(start, prune_model(whole, self.data, PRUNED, queries=16, candidates=16), whole)
-        return self._used_to("pruned", str(start), WHOLE)
+        return self._used_to("pruned", str(start), WHOLE, STEPS["pruned"])
 
     @property
     def can_summarise(self) -> bool:
@@ -213,17 +216,17 @@ class Chain:
     def mixlm(self, tokens: int) -> tuple[Model, Model]:
         """Ranker and encoder with so many embeddings per document.
 
-        What aligned the two is done on the first tokens; the encoder, which alone reads documents, then gets used to longer ones.
+        What aligned the two is done on the first tokens; the encoder, which alone reads documents, then gets used to whole ones.
         """
         self.short_mixlm(tokens)
         name, stores = f"mixlm_{tokens}", self._mixlm_stores(tokens)
-        for length in LENGTHS if self.warm else ():
-            start = ["--task.model.init-from", self.path(name), *stores, *self._longer(length)]
+        for sample, steps in SAMPLE_STEPS.items() if self.warm else ():
+            start = ["--task.model.init-from", self.path(name), *stores, *self._sampled(sample, steps)]
             start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
             # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's reading is aligned to.
-            terms = ["--task.curriculum", "0.3" if length == min(LENGTHS) else "0", "--task.text-every", "1"]
-            limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(length)]
-            name = f"mixlm_{tokens}_{length}"
+            terms = ["--task.curriculum", "0.3" if sample == min(SAMPLES) else "0", "--task.text-every", "1"]
+            limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(WHOLE)]
+            name = f"mixlm_{tokens}_{sample}"
             self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits)
         return self._pair(name)
 

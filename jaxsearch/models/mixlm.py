@@ -34,14 +34,16 @@ class DocumentEncoder(nnx.Module):
             )
         )
 
-    def __call__(self, tokens: Array, where: Array) -> Array:
+    def __call__(self, tokens: Array, where: Array, positions: Array | None = None) -> Array:
         """Embeddings [M, S, W] in the compute dtype, in the order of the text; 0 behind the last one of a short document.
 
         Args:
           tokens: int [M, T], documents with their tail.
           where: bool [M, T], left-aligned.
+          positions: int [M, T], rising; of samples of documents, where the tokens stand in the whole. None: 0, 1, ...
         """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         hidden, _ = self.decoder(self.decoder.embed(tokens), positions, self.decoder.causal(where))
         length = jnp.sum(where, axis=1)[:, None]
         slots = jnp.arange(self.tokens)[None]

@@ -19,6 +19,7 @@ from jaxsearch.config import ConfigError, TaskConfig, TrainConfig, to_dict
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig, PromptRoom
 from jaxsearch.data.records import Query
+from jaxsearch.data.sampling import sample_places
 from jaxsearch.data.score_store import StoreMeta, read_scores
 from jaxsearch.data.summaries import show_documents
 from jaxsearch.models.contract import Contract, Golden, save_model
@@ -57,6 +58,15 @@ class CrossEncoderConfig(TaskConfig):
     """Candidates of one query in a batch (L)."""
     summaries: str = ""
     """Store of summaries (`serve.py summarise`) that the model reads in the place of documents' text; empty: the text."""
+    document_sample: int = 0
+    """In training read so many tokens of a longer document, each at its place in the whole (`data.sampling`), drawn anew each time; 0: all.
+    Evaluation and what is exported read whole documents."""
+
+    def __post_init__(self) -> None:
+        if self.document_sample < 0:
+            raise ConfigError(
+                f"task.document_sample is {self.document_sample}: give a number of tokens, or 0 for all"
+            )
 
 
 class Example(NamedTuple):
@@ -93,7 +103,9 @@ class PairTokens:
         for example in examples if room.config.features else ():
             texts.update(self._pair_texts(example, np.arange(len(example.documents))))
         longest = max(map(len, room.pairs(list(texts))))
-        self.item_length = max(map(len, self._documents)) + longest + len(room.suffix)
+        self.document_length = max(map(len, self._documents))
+        """Tokens of the longest document."""
+        self.item_length = self.document_length + longest + len(room.suffix)
         """T: room for the longest document, the longest pair part and the suffix."""
 
     def _pair_texts(self, example: Example, chosen: np.ndarray) -> list[str]:
@@ -114,6 +126,10 @@ class PairTokens:
             self._documents[example.documents[i]] + pair + self._room.suffix
             for i, pair in zip(chosen, pairs, strict=True)
         ]
+
+    def document_lengths(self, example: Example, chosen: np.ndarray) -> list[int]:
+        """Tokens of the documents that these items begin with."""
+        return [len(self._documents[row]) for row in example.documents[chosen]]
 
     def prefix(self, queries: Sequence[int]) -> Prefix:
         """The prefixes of these training queries, all of one length."""
@@ -148,7 +164,9 @@ class CrossEncoderTask(Task):
         )
         self._answer_length = max((len(a) for e in self.examples for a in e.answers or ()), default=0)
         self._prefix_length = self.pairs.prefix_length
-        self._row_length = self.pairs.item_length + self._answer_length
+        self._row_length = (
+            self.pairs.item_length + self._answer_length - self._left_out(self.pairs.document_length)
+        )
         self._scorer: RecordScorer | None = None
 
     @abc.abstractmethod
@@ -175,8 +193,12 @@ class CrossEncoderTask(Task):
         longest = task.room.longest()
         task._prefix_length = longest.prefix
         task._answer_length = 0 if config.prompt.answer == "grade" else config.prompt.max_answer_tokens
-        task._row_length = longest.item + task._answer_length
+        task._row_length = longest.item + task._answer_length - task._left_out(longest.document)
         return task
+
+    def _left_out(self, length: int) -> int:
+        """How many tokens of a document of so many are not read in training."""
+        return max(length - self.config.document_sample, 0) if self.config.document_sample else 0
 
     def batch_shape(self, size: int) -> Batch:
         """What `batch` gives; a subclass adds its targets by `target_shapes`."""
@@ -230,15 +252,19 @@ class CrossEncoderTask(Task):
         """prefix, items (one per row), targets [B, L, ...] and answers of these queries; candidates are drawn anew each time."""
         slots = self.config.candidates
         drawn = zip(indices, rngs, strict=True)
-        return self.assemble(indices, [self.choose(self.examples[i], slots, rng) for i, rng in drawn])
+        chosen = [self.choose(self.examples[i], slots, rng) for i, rng in drawn]
+        return self.assemble(indices, chosen, rngs)
 
-    def assemble(self, indices: np.ndarray, chosen: Sequence[np.ndarray]) -> Batch:
+    def assemble(
+        self, indices: np.ndarray, chosen: Sequence[np.ndarray], rngs: Sequence[np.random.Generator]
+    ) -> Batch:
         """The batch of these queries with these of their documents as candidates (one int [<= L] per query)."""
         slots = self.config.candidates
         items: list[list[list[int]]] = []
+        samples: list[tuple[int, int, np.ndarray]] = []
         answers = np.full((len(indices), slots, self._answer_length), NO_TOKEN, np.int32)
         targets: dict[str, np.ndarray] = {}
-        for i, (index, places) in enumerate(zip(indices, chosen, strict=True)):
+        for i, (index, places, rng) in enumerate(zip(indices, chosen, rngs, strict=True)):
             example = self.examples[index]
             items.append(self.pairs.items(example, places))
             if example.answers is not None:
@@ -246,12 +272,20 @@ class CrossEncoderTask(Task):
                     answer = example.answers[number]
                     items[-1][slot] = items[-1][slot] + list(answer)
                     answers[i, slot, : len(answer)] = answer
+            if room := self.config.document_sample:
+                for slot, length in enumerate(self.pairs.document_lengths(example, places)):
+                    item = items[-1][slot]
+                    read = np.append(sample_places(length, room, rng), np.arange(length, len(item)))
+                    items[-1][slot] = [item[place] for place in read]
+                    samples.append((i, slot, read))
             for name, values in example.targets.items():
                 if name not in targets:
                     targets[name] = np.full((len(indices), slots, *values.shape[1:]), np.nan, np.float32)
                 targets[name][i, : len(places)] = values[places]
         prefix = self.pairs.prefix([self.examples[index].query for index in indices])
         packed = pack_items(items, row_length=self._row_length, rows=slots, slots=slots, one_per_row=True)
+        for i, slot, read in samples:
+            packed.offsets[i, slot, : len(read)] = read
         text = {"answers": answers} if self._answer_length else {}
         return {"prefix": prefix, "items": packed, **targets, **text}
 

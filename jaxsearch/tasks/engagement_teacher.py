@@ -35,6 +35,7 @@ class EngagementTeacherConfig(CrossEncoderConfig):
     together with a positive (paper section 4). 0: every impression counts."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.mask_below <= 1:
             raise ConfigError(f"task.mask_below is {self.mask_below}: give a share from 0 to 1")
 

@@ -53,6 +53,7 @@ class JudgeConfig(CrossEncoderConfig):
     """Linear-weighted kappa with the first of `golden` below which the judge may not label training data; -1: no gate."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.precedents <= 1:
             raise ConfigError(f"task.precedents is {self.precedents}: give a share from 0 to 1")
         if self.rationale_weight < 0:

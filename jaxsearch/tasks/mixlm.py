@@ -32,6 +32,7 @@ from jaxsearch.config import ConfigError, TrainConfig, to_dict
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.data.records import ACTIONS
+from jaxsearch.data.sampling import sample_places
 from jaxsearch.losses import cosine_distance
 from jaxsearch.models.contract import (
     CONTRACT_FILE,
@@ -53,7 +54,7 @@ from jaxsearch.scoring.mixed import (
     no_embeddings,
     shuffled,
 )
-from jaxsearch.scoring.packing import EmbeddedItem, PackedItems, assign_rows, packed_shape, place_items
+from jaxsearch.scoring.packing import Array, EmbeddedItem, PackedItems, assign_rows, packed_shape, place_items
 from jaxsearch.scoring.prefill import Prefix, answer_hidden, pad_prefixes, prefix_shape, read_labels
 from jaxsearch.scoring.records import action_log_odds, relevance_log_odds
 from jaxsearch.tasks.base import (
@@ -177,6 +178,17 @@ class MixLMConfig(RankerConfig):
         return MixLMTask.abstract(self, ACTIONS["jobs"] if self.engagement_teachers else ())
 
 
+class Documents(NamedTuple):
+    """What the encoder reads."""
+
+    tokens: Array
+    """int32 [M, T], 0 where padded."""
+    where: Array
+    """bool [M, T], left-aligned."""
+    positions: Array
+    """int32 [M, T], where each token stands in the whole document."""
+
+
 class Shares(NamedTuple):
     """How much of each group of terms counts at a step."""
 
@@ -236,7 +248,8 @@ class MixLMTask(RankerTask):
         tokenizer = self.encoder_start.tokenizer
         self.encoder_room = check_prompt("encoder_prompt", config.encoder_prompt, "document", tokenizer)
         self._texts = [part.ids for part in self.encoder_room.documents(data.documents)]
-        self._text_length = max(map(len, self._texts))
+        longest = max(map(len, self._texts))
+        self._text_length = longest - self._left_out(longest)
         # The same queries and pairs, with documents of which nothing is left but the fields that stay text.
         left = dataclasses.replace(data, documents=keep_fields(data.documents, config.text_fields))
         self.mixed = PairTokens(self.room, left, self.examples)
@@ -253,7 +266,8 @@ class MixLMTask(RankerTask):
         task.encoder_start = abstract_start(settings.encoder)
         tokenizer = task.encoder_start.tokenizer
         task.encoder_room = check_prompt("encoder_prompt", settings.encoder_prompt, "document", tokenizer)
-        task._text_length = task.encoder_room.longest().document
+        longest_text = task.encoder_room.longest().document
+        task._text_length = longest_text - task._left_out(longest_text)
         longest = task.room.longest()
         fields = longest.document if settings.text_fields else 0
         task._mixed_length = settings.tokens + fields + longest.item - longest.document
@@ -297,7 +311,9 @@ class MixLMTask(RankerTask):
         slots = self.config.candidates
         return queries * (self.config.unique_documents or min(slots, -(-self._documents // queries) or slots))
 
-    def assemble(self, indices: np.ndarray, chosen: Sequence[np.ndarray]) -> Batch:
+    def assemble(
+        self, indices: np.ndarray, chosen: Sequence[np.ndarray], rngs: Sequence[np.random.Generator]
+    ) -> Batch:
         """The ranker's batch, and beside it the same candidates as embeddings:
 
         documents (tokens [M, T]), each once; mixed, items whose embeddings are not there yet; gather int32 [B, L S], which of all
@@ -331,13 +347,21 @@ class MixLMTask(RankerTask):
             width=1,
         )._replace(embeddings=None)
         return {
-            **super().assemble(indices, chosen),
+            **super().assemble(indices, chosen, rngs),
             "mixed": mixed,
-            "documents": pad_prefixes(
-                [self._texts[row] for row in places], length=self._text_length, queries=room
-            ),
+            "documents": self._read(list(places), room, rngs[0]),
             "gather": gather,
         }
+
+    def _read(self, rows: Sequence[int], room: int, rng: np.random.Generator) -> Documents:
+        """These documents, or samples of them, in so many rows."""
+        texts = [self._texts[row] for row in rows]
+        places = [sample_places(len(text), self.config.document_sample, rng) for text in texts]
+        read = [[text[i] for i in some] for text, some in zip(texts, places, strict=True)]
+        prefix = pad_prefixes(read, length=self._text_length, queries=room)
+        documents = Documents(*prefix, np.zeros(prefix.tokens.shape, np.int32))
+        documents.positions[documents.where] = np.concatenate(places)
+        return documents
 
     def _share(
         self, examples: Sequence[Example], chosen: Sequence[np.ndarray]
@@ -358,10 +382,12 @@ class MixLMTask(RankerTask):
         slots, kept = self.config.candidates, self.config.tokens
         mixed = packed_shape(size, slots, self._mixed_length, slots)
         index: Any = jax.ShapeDtypeStruct((size, slots, self._mixed_length), np.int32)
+        texts = self._room(size), self._text_length
+        places: Any = jax.ShapeDtypeStruct(texts, np.int32)
         return {
             **super().batch_shape(size),
             "mixed": mixed._replace(embedded=index),
-            "documents": prefix_shape(self._room(size), self._text_length),
+            "documents": Documents(*prefix_shape(*texts), places),
             "gather": jax.ShapeDtypeStruct((size, slots * kept), np.int32),
         }
 
@@ -410,8 +436,7 @@ class MixLMTask(RankerTask):
 
     def embedded(self, model: MixLM, batch: Batch) -> PackedItems:
         """The mixed items with the embeddings that the encoder gives now."""
-        documents: Prefix = batch["documents"]
-        found = model.encoder(jnp.asarray(documents.tokens), jnp.asarray(documents.where))
+        found = model.encoder(*map(jnp.asarray, batch["documents"]))
         table = jnp.take(found.reshape(-1, found.shape[-1]), jnp.asarray(batch["gather"]), axis=0)
         return batch["mixed"]._replace(embeddings=table)
 

@@ -73,6 +73,7 @@ class RankerConfig(CrossEncoderConfig):
     """For `truth_weight`: as in the engagement teacher."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ConfigError(
                 f"task.alpha is {self.alpha}: give a number from 0 (engagement only) to 1 (relevance only)"
@@ -234,9 +235,11 @@ class RankerTask(CrossEncoderTask):
 
     # --- batches -------------------------------------------------------------------------------------------------
 
-    def assemble(self, indices: np.ndarray, chosen: Sequence[np.ndarray]) -> Batch:
+    def assemble(
+        self, indices: np.ndarray, chosen: Sequence[np.ndarray], rngs: Sequence[np.random.Generator]
+    ) -> Batch:
         """As for every cross-encoder; with live teachers also their inputs ("online") or what they say ("async")."""
-        batch = super().assemble(indices, chosen)
+        batch = super().assemble(indices, chosen, rngs)
         if not self._live:
             return batch
         slots, examples = self.config.candidates, [self.examples[i] for i in indices]

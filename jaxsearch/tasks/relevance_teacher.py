@@ -44,6 +44,7 @@ class RelevanceTeacherConfig(CrossEncoderConfig):
     """Weight of the ranking loss; 0: none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, known in (("label_form", LABEL_FORMS), ("ranking_loss", RANKING_LOSSES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"task.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
