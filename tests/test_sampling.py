@@ -48,7 +48,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     columns = (*RANKER_LABELS, *ACTIONS["jobs"])
     with fast_compilation(), small_world() as world:
         store = write_store(
-            tmp_path_factory.mktemp("scores") / "s", world, "ranker", columns, lambda q, row: (row / 4,) * len(columns)
+            tmp_path_factory.mktemp("scores") / "s",
+            world,
+            "ranker",
+            columns,
+            lambda q, row: (row / 4,) * len(columns),
         )
 
         def make(name: str, sample: int) -> Any:
@@ -91,11 +95,11 @@ def test_the_encoder_reads_samples_and_serves_whole_documents(tasks: Any) -> Non
     batch = task.batch(np.arange(4), rngs(0, 4))
     documents = batch["documents"]
     assert documents.tokens.shape[1] == ROOM
-    texts = {bytes(np.array(text, np.int32)): text for text in task._texts}
-    for tokens, positions in zip(*(x[documents.where.any(axis=1)] for x in (documents.tokens, documents.positions)), strict=True):  # fmt: skip
+    there = documents.where.any(axis=1)
+    for tokens, positions in zip(documents.tokens[there], documents.positions[there], strict=True):
         assert any(
             len(text) > positions[-1] and [text[p] for p in positions] == tokens.tolist()
-            for text in texts.values()
+            for text in task._texts
         )
     assert (np.diff(documents.positions, axis=1) > 1).any()
     shapes = task.batch_shape(4)
