@@ -1,14 +1,14 @@
 """MixLM made from a pretrained decoder: an encoder and a ranker of full text, trained together and measured beside that ranker.
 
     python benchmarks/mixlm_pair.py --ranker runs/smollm2/ranker/model --encoder SmolLM2-135M-Instruct.Q4_1.gguf --dataset onet_jobs \
-        --data-dir runs/smollm2/data --scores runs/recovery/scores_8 --tokens 5 --steps 250 --workdir runs/mixlm_smollm2 \
+        --data-dir runs/smollm2/data --max-queries 800 --tokens 5 --steps 250 --workdir runs/mixlm_smollm2 \
         [--jsonl benchmarks/results/mixlm_pair.jsonl] [--set --task.candidates 8]
 
-`--scores` is the ranker's store of its own scores (`serve.py label`, or what `benchmarks/pruning.py --recover` leaves); its prompt, cut of
-documents included, is what both read by. One line: NDCG@10 (gain 2^grade - 1) on the first --test-queries of a test split's own lists for
-MixLM, for the ranker on full text, with each document's embeddings swapped for another's, and in random order; differences paired by
-query (95% interval). Documents of `test_unseen` are in no training list. What a former run trained is kept. --set hands the rest of the
-line to `train.py`.
+The ranker scores `--per-query` documents of each training query first, unless `--scores` names a store of its scores (`serve.py label`, or
+what `benchmarks/pruning.py --recover` leaves); its prompt, cut of documents included, is what both read by. A line per test split: NDCG@10
+(gain 2^grade - 1) on the first --test-queries of its own lists for MixLM, for the ranker on full text, with each document's embeddings
+swapped for another's, and in random order; differences paired by query (95% interval). Documents of `test_unseen` are in no training list.
+What a former run trained is kept. --set hands the rest of the line to `train.py`.
 """
 
 import argparse
@@ -35,11 +35,15 @@ def train(options: argparse.Namespace) -> Path:
     workdir = Path(options.workdir)
     demo = Demo(workdir, options.dataset, options.data_dir, options.seed, 1, options.max_queries, False)
     ranker = load_model(options.ranker)
+    scores = options.scores
+    if not scores:
+        data = open_data(DataConfig(options.dataset, options.data_dir, max_queries=options.max_queries))
+        scores = demo.label("scores", ranker, data, options.per_query)
     cut = str(ranker.contract.prompts["pair"].max_document_tokens)
     name = f"mixlm_{options.tokens}"
     demo.train(
         name, options.config, "--task.model.init-from", options.ranker, "--task.model.layers", "0",
-        "--task.encoder.init-from", options.encoder, *demo.taught_by(ranker, options.scores),
+        "--task.encoder.init-from", options.encoder, *demo.taught_by(ranker, scores),
         "--task.encoder-prompt.max-document-tokens", cut, "--task.tokens", str(options.tokens), "--steps", str(options.steps), *options.set,
     )  # fmt: skip
     return workdir / name / "model"
@@ -85,7 +89,8 @@ def main() -> int:
     )
     parser.add_argument("--ranker", required=True, help="model folder of a ranker of full text")
     parser.add_argument("--encoder", required=True, help="what the encoder starts from")
-    parser.add_argument("--scores", required=True, help="store of that ranker's scores")
+    parser.add_argument("--scores", default="", help="store of that ranker's scores (default: made here)")
+    parser.add_argument("--per-query", type=int, default=8, help="documents of a query that it scores")
     parser.add_argument("--dataset", default="onet_jobs")
     parser.add_argument("--data-dir", default="runs/smollm2/data")
     parser.add_argument("--workdir", default="runs/mixlm_smollm2")
