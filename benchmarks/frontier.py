@@ -43,7 +43,7 @@ from workloads import Workload, flops
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptRoom
 from jaxsearch.data.records import Document, Query
-from jaxsearch.errors import InputError
+from jaxsearch.errors import InputError, differences
 from jaxsearch.metrics import auroc, paired_bootstrap
 from jaxsearch.models.contract import Model
 from jaxsearch.models.decoder import DecoderConfig
@@ -75,8 +75,6 @@ CALL_TOKENS = (2_048, 4_096, 16_384)
 MOST_REQUESTS = 100
 LARGEST = 50_000
 """Items in the largest request that is tried."""
-GOALS = {"speed": 300.0, "least_speed": 75.9, "ndcg": 0.98, "clicks": 0.96}
-"""MixLM over full text: items/s, NDCG@10 and click AUROC above 0.5."""
 
 Queries = list[Query]
 Lists = list[np.ndarray]
@@ -243,12 +241,12 @@ class Bench:
         return Contender(score, size, clicks=pages)
 
     def retrieval(self) -> Contender:
-        """The retriever's cosine with every document of the corpus."""
+        """The retriever's cosine with the candidates."""
         embedder, documents = make_embedder(self.chain.retriever()), self.evaluation.documents_emb
 
         def score(queries: Queries, lists: Lists) -> Lists:
-            found = embedder.queries(queries) @ documents.T
-            return [values[rows] for values, rows in zip(found, lists, strict=True)]
+            found = embedder.queries(queries)
+            return [documents[rows] @ query for query, rows in zip(found, lists, strict=True)]
 
         return Contender(score, documents[0].nbytes, parameters(self.chain.retriever()))
 
@@ -417,12 +415,13 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
     options, path = bench.options, bench.workdir / f"rows{bench.suffix}" / f"{name}.json"
     settings = {
         "model": name, "dataset": bench.data.name, "budget_ms": options.budget_ms, "warm_tokens": bench.chain.warm,
-        "test_queries": options.test_queries, "click_queries": options.click_queries,
+        "test_queries": options.test_queries, "click_queries": options.click_queries, "seed": options.seed,
+        "steps": options.steps, "untrained": options.untrained,
     }  # fmt: skip
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else dict(settings)
-    if differing := [key for key, value in settings.items() if known[key] != value]:
+    if differing := differences({key: known.get(key) for key in settings}, settings):
         raise InputError(
-            f"{path} was measured with another {differing[0]}: delete it, or give another --workdir"
+            f"{path} was measured with {', '.join(differing)}: delete it, or give another --workdir"
         )
     missing = [part for part in options.parts if PARTS[part][0] not in known]
     if not missing:
@@ -440,17 +439,16 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
 
 
 def compare(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The headline: the best MixLM row over the fastest full-text path, ratios of figures and of FLOPs."""
+    """Every MixLM row over the fastest full-text path, or where none was timed over any: ratios of figures and of FLOPs."""
     full = [found[name] for name in ("full_text", "shared_prefix") if name in found]
     mixed = [row for name, row in found.items() if "mixlm" in name]
-    full = [row for row in full if row.get("items_per_s")]
     if not full or not mixed:
         return {}
-    best = max(full, key=lambda row: row["items_per_s"])
+    best = max(full, key=lambda row: row.get("items_per_s") or 0)
     result = {}
     for row in mixed:
         ratios = {"over": best["model"], "flop_ratio": best["flops_per_item"] / row["flops_per_item"]}
-        if row.get("items_per_s"):
+        if row.get("items_per_s") and best.get("items_per_s"):
             ratios["speed_ratio"] = row["items_per_s"] / best["items_per_s"]
         if "ndcg@10" in row and "ndcg@10" in best:
             change = paired_bootstrap(row["ndcg_of_queries"], best["ndcg_of_queries"])
@@ -581,19 +579,9 @@ def main() -> int:
     command = "python " + " ".join(sys.argv)
     for name, row in found.items():
         line = {key: value for key, value in row.items() if key != "ndcg_of_queries"}
-        append(
-            options.jsonl,
-            [
-                line
-                | {
-                    "untrained": options.untrained,
-                    "ratios": ratios.get(name),
-                    "command": command,
-                    "machine": limit,
-                    "seed": options.seed,
-                }
-            ],
-        )
+        # A row that was timed names the machine that it was timed on.
+        told = {"machine": limit, "ratios": ratios.get(name), "command": command}
+        append(options.jsonl, [told | line])
     return 0
 
 

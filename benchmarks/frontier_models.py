@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flax import nnx
 from funnel import DEPTH, Demo
+from stages import check_pruned
 
 from jaxsearch.compression.pruning import Pruning, prune_model, save_pruned
 from jaxsearch.data.datasets import Dataset
@@ -152,9 +153,11 @@ class Chain:
     def pruned(self) -> Model:
         """Half of the MLP neurons and the last layer taken from the ranker, and its recovery on whole documents."""
         whole, start = self.ranker(), self.demo.workdir / "pruned_start"
+        calibration = {"queries": 16, "candidates": 16}
         if not start.is_dir():
             with self.demo.stage("pruning"):
-                save_pruned(start, prune_model(whole, self.data, PRUNED, queries=16, candidates=16), whole)
+                save_pruned(start, prune_model(whole, self.data, PRUNED, **calibration), whole)
+        check_pruned(start, whole, PRUNED, **calibration)
         return self._used_to("pruned", str(start), WHOLE, STEPS["pruned"])
 
     @property

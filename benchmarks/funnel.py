@@ -110,9 +110,12 @@ class Demo:
     @staticmethod
     def reads_as(model: Model) -> list[str]:
         """Options of a ranker that reads what `model` reads."""
-        prompt = model.contract.prompts["pair"]
-        length = ["--task.prompt.max-document-tokens", str(prompt.max_document_tokens)]
-        return [*length, "--task.prompt.features", *prompt.features]
+        prompt = to_dict(model.contract.prompts["pair"])
+        words: list[str] = []
+        for name, value in prompt.items():
+            given = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+            words += [f"--task.prompt.{name.replace('_', '-')}", *given]
+        return words
 
     def taught_by(self, teacher: Model, scores: str) -> list[str]:
         """Options of a ranker that learns what `teacher` says, from a store of its scores, and reads what it reads."""

@@ -324,20 +324,20 @@ def main() -> int:
     options.workdir.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((options.workdir / "compiled").resolve()))
     bench = Bench(options.funnel, options.workdir, options.steps, options.test_queries)
-    common = {"command": " ".join(["python", *sys.argv]), "dataset": bench.data.name}
-    common |= {"steps": options.steps, "test_queries": options.test_queries}
+    common = {"dataset": bench.data.name, "steps": options.steps, "test_queries": options.test_queries}
     for arm in options.arms:
         for seed in options.curve_seeds if arm.startswith("tokens") else options.seeds:
             known = [
                 line
                 for line in read(options.jsonl)
-                if (line["arm"], line["seed"], line["steps"]) == (arm, seed, options.steps)
+                if (line["arm"], line["seed"]) == (arm, seed) and common.items() <= line.items()
             ]
             if not known:
                 line = bench.measure(arm, seed)
                 print(json.dumps(line), flush=True)
-                append(options.jsonl, [common | line | {"machine": describe()}])
-    lines = [line for line in read(options.jsonl) if line["steps"] == options.steps]
+                command = " ".join(["python", *sys.argv])
+                append(options.jsonl, [{"command": command} | common | line | {"machine": describe()}])
+    lines = [line for line in read(options.jsonl) if common.items() <= line.items()]
     print(table(lines))
     draw(options.jsonl.with_suffix(".png"), lines)
     return 0

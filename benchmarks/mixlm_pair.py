@@ -5,10 +5,10 @@
         [--jsonl benchmarks/results/mixlm_pair.jsonl] [--set --task.candidates 8]
 
 The ranker scores `--per-query` documents of each training query first, unless `--scores` names a store of its scores (`serve.py label`, or
-what `benchmarks/pruning.py --recover` leaves); its prompt, cut of documents included, is what both read by. A line per test split: NDCG@10
-(gain 2^grade - 1) on the first --test-queries of its own lists for MixLM, for the ranker on full text, with each document's embeddings
-swapped for another's, and in random order; differences paired by query (95% interval). Documents of `test_unseen` are in no training list.
-What a former run trained is kept. --set hands the rest of the line to `train.py`.
+what `benchmarks/pruning.py --recover` leaves); its prompt is what the new ranker reads by, its cut of documents holds for the encoder, too.
+A line per test split: NDCG@10 (gain 2^grade - 1) on the first --test-queries of its own lists for MixLM, for the ranker on full text, with
+each document's embeddings swapped for another's, and in random order; differences paired by query (95% interval). Documents of
+`test_unseen` are in no training list. What a former run trained is kept. --set hands the rest of the line to `train.py`.
 """
 
 import argparse

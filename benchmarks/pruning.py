@@ -17,7 +17,6 @@ Two kinds of lines:
 """
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -28,14 +27,15 @@ import numpy as np
 from funnel import Demo
 from machine import describe
 from record import append, show
+from stages import check_pruned
 
 from jaxsearch.compression.calibration import Walk, choose_queries, make_batches
 from jaxsearch.compression.osscar import METHODS, reduce_map, relative_error
 from jaxsearch.compression.pruning import Pruning, prune_model, save_pruned
 from jaxsearch.data.datasets import Dataset
-from jaxsearch.errors import InputError, differences
+from jaxsearch.errors import InputError
 from jaxsearch.metrics import paired_bootstrap
-from jaxsearch.models.contract import Model, load_model, read_contract
+from jaxsearch.models.contract import Model, load_model
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.records import RecordScorer, relevance_log_odds
 from jaxsearch.serving.first_stage import FirstStage
@@ -96,19 +96,6 @@ def reconstruction(model: Model, data: Dataset, options: argparse.Namespace) -> 
     return lines
 
 
-def check_plan(folder: Path, model: Model, plan: Pruning) -> None:
-    """Refuse what a former run pruned otherwise.
-
-    Raises:
-      InputError: names the differences.
-    """
-    told = read_contract(folder).training["pruning"]
-    found = {"parent": told["parent"], **told["plan"]}
-    wanted = {"parent": model.hash, **dataclasses.asdict(plan)}
-    if differing := differences(found, wanted):
-        raise InputError(f"{folder} was pruned with {', '.join(differing)}: give another --workdir")
-
-
 def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One line per model, as soon as it is measured."""
     split = options.split or data.test_splits[0]
@@ -143,7 +130,7 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
     # A baseline's folder holds it as published, which comes first.
     for method, plan in {method: plans[method, refit] for method, refit in reversed(every)}.items():
         if options.recover and Path(folders[method]).is_dir():
-            check_plan(Path(folders[method]), model, plan)
+            check_pruned(Path(folders[method]), model, plan, options.queries, options.candidates)
     for (method, refit), plan in () if options.recover_only else plans.items():
         pruned = prune_model(model, data, plan, queries=options.queries, candidates=options.candidates)
         parameters = pruned.contract.architecture.parameters

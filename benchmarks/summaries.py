@@ -117,7 +117,7 @@ class Bench:
         }
         steps = [["--steps", str(n)] if n else [] for n in (self.options.imitation, self.options.grpo)]
         imitation = self.summariser(
-            "imitation", budget, self.options.variant + "_imitation", "--task.model.init-from", self.options.base,
+            "imitation", budget, "tiny_imitation", "--task.model.init-from", self.options.base,
             "--task.targets", found["extractive"], found["truncate"], *steps[0],
         )  # fmt: skip
         found["imitation"] = self.store(f"store_imitation_{budget}", make_summary_writer(imitation))
@@ -142,7 +142,7 @@ class Bench:
     def rewarded(self, name: str, budget: int, start: str, ranker: str, steps: list[str]) -> str:
         """A store of the summaries of a summariser that learned by GRPO what pays with this ranker."""
         model = self.summariser(
-            name, budget, self.options.variant, "--task.model.init-from", start, "--task.ranker", ranker,
+            name, budget, "tiny", "--task.model.init-from", start, "--task.ranker", ranker,
             "--task.scores", self.scores, *steps,
         )  # fmt: skip
         return self.store(f"store_{name}_{budget}", make_summary_writer(model))
@@ -283,7 +283,6 @@ def main() -> int:
     parser.add_argument("--dataset", default="job_market:tiny")
     parser.add_argument("--data-dir", default="runs/demo/data")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 4], help="most tokens of a summary")
-    parser.add_argument("--variant", default="tiny", help="of configs/summariser.py")
     parser.add_argument("--imitation", type=int, default=0, help="steps (default: the config's)")
     parser.add_argument("--grpo", type=int, default=0, help="steps (default: the config's)")
     parser.add_argument("--rounds", type=int, default=2, help="of GRPO with a ranker used to summaries")

@@ -92,6 +92,11 @@ def test_ratios_stand_over_the_fastest_full_text_path(frontier: Any) -> None:
     assert "| mixlm_1 | 0.6650 |" in text
     assert text.splitlines()[2].endswith("| 0.9432 | 270 |")
     assert frontier.compare({"mixlm_1": rows["mixlm_1"]}) == {}
+    for name in rows:
+        del rows[name]["items_per_s"]
+    unseen = frontier.compare(rows)["mixlm_1"]
+    assert unseen["ndcg_kept"] == pytest.approx(0.665 / 0.7)
+    assert "speed_ratio" not in unseen
 
 
 class SmallChain:
@@ -124,6 +129,7 @@ def test_rows_are_measured_once_and_kept(
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
     options = argparse.Namespace(
         test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=list(frontier.PARTS), unseen=False,
+        seed=0, steps=1.0, untrained=False,
     )  # fmt: skip
     bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, options)
     every = frontier.rows(bench)
@@ -147,8 +153,8 @@ def test_rows_are_measured_once_and_kept(
     assert "swapped_ndcg@10" not in full
     # Not measured again; not under other settings either.
     assert frontier.measure(bench, "mixlm_1", frontier.Row(lambda: pytest.fail("made again"))) == mixed
-    options.budget_ms = 1.0
-    with pytest.raises(InputError, match=r"mixlm_1\.json was measured with another budget_ms"):
+    options.budget_ms, options.seed = 1.0, 2
+    with pytest.raises(InputError, match=r"mixlm_1\.json .* budget_ms 60000.0 \(not 1.0\), seed 0 \(not 2\)"):
         frontier.measure(bench, "mixlm_1", every["mixlm_1"])
 
 
@@ -174,7 +180,8 @@ def test_unseen_postings_are_ranked_by_the_same_models(
     """Another corpus, files of its own, no clicks."""
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
     options = argparse.Namespace(
-        test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=["quality"], unseen=True
+        test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=["quality"], unseen=True, seed=0,
+        steps=1.0, untrained=False,
     )  # fmt: skip
     chain = SmallChain(funnel, tmp_path, demo)
     chain.data = world

@@ -142,6 +142,13 @@ def test_what_the_first_stages_find_is_scored(funnel: Funnel, judge: Model, tmp_
     rows = lexical.search([query.text for query in data.queries["train"]], 3)[0]
     for found, some in zip(FirstStage(None, 3).pairs(data), rows, strict=True):
         assert set(found.documents.tolist()) == set(some[some >= 0]) | set(own.get(found.query, []))
+
+    def beyond(some: list[Pairs]) -> set[int]:
+        return {row for p in some for row in set(p.documents.tolist()) - set(own.get(p.query, []))}
+
+    hidden = dataclasses.replace(data, held_out=np.array(sorted(beyond(pairs))[:2], np.int32))
+    assert len(hidden.held_out) == 2
+    assert not beyond(first.pairs(hidden)) & set(hidden.held_out.tolist())
     assert FirstStage(None, 3).source != first.source
     other = FirstStage(retriever, 4).source
     with pytest.raises(StoreError, match=rf"source '{first.source}' \(not '{other}'\)"):

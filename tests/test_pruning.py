@@ -34,6 +34,7 @@ from jaxsearch.models.attention import Causal
 from jaxsearch.models.contract import (
     Contract,
     Golden,
+    MixLMPart,
     Model,
     check_output,
     load_model,
@@ -451,6 +452,11 @@ def test_data_and_models_that_are_refused(dense: tuple[Path, Model]) -> None:
     base = replace(model, contract=replace(model.contract, kind="base", prompts={}))
     with pytest.raises(InputError, match="the model is a base: give the model folder of a ranker or a judge"):
         make_batches(base, DATA, choose_queries(DATA, 1))
+    reads = replace(model, contract=replace(model.contract, mixlm=MixLMPart(1, 64)))
+    with pytest.raises(
+        InputError, match=r"the model reads MixLM's embeddings.* prune the ranker of full text"
+    ):
+        prune_model(reads, DATA, Pruning(mlp=0.5), queries=1)
 
 
 def test_command_writes_a_model_that_does_all_a_model_does(

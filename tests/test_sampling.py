@@ -111,3 +111,11 @@ def test_a_negative_sample_is_refused(tasks: Any) -> None:
     config = tasks("ranker", 0).config
     with pytest.raises(ConfigError, match=r"task\.document_sample is -1: give a number of tokens, or 0"):
         dataclasses.replace(config, document_sample=-1)
+
+
+def test_a_sample_holds_what_the_encoder_keeps(tasks: Any) -> None:
+    config = tasks("mixlm", ROOM).config
+    with pytest.raises(
+        ConfigError, match=r"document_sample is 8: its last quarter .* 3 tokens .* at least 12"
+    ):
+        dataclasses.replace(config, tokens=3)

@@ -18,7 +18,7 @@ from test_tasks import flat, rngs
 
 from jaxsearch.config import ConfigError, load_config
 from jaxsearch.data.prompts import PromptRoom
-from jaxsearch.data.summaries import summarise_documents, with_summary
+from jaxsearch.data.summaries import show_data, summarise_documents, with_summary
 from jaxsearch.losses import clipped_policy, group_advantages, reference_kl
 from jaxsearch.models.attention import Causal
 from jaxsearch.models.contract import Model, load_model, make_module, save_model
@@ -489,6 +489,14 @@ def test_a_ranker_of_summaries_rewards_by_scores_of_its_teacher(
             "says of summaries: label with the ranker of full",
         ),
         (
+            ["--task.ranker", "RANKER", "--task.scores", "SHORT"],
+            "scores of small.*: label the full text of small",
+        ),
+        (
+            ["--task.ranker", "RANKER", "--task.scores", "SCORES", "--task.updates", "2", "--steps", "3"],
+            "task.updates is 2.* give optimizer.decay_steps, 6",
+        ),
+        (
             ["--task.ranker", "OTHER", "--task.scores", "SCORES"],
             "which holds Yes, No by model .* label with that ranker",
         ),
@@ -516,6 +524,11 @@ def test_refused(folder: Path, tmp_path: Path, more: list[str], words: str) -> N
         with small_world() as data:
             label(taught_ranker(folder, tmp_path / "taught"), data, tmp_path / "taught_scores")
         names["TAUGHT_SCORES"] = tmp_path / "taught_scores"
+    if "SHORT" in more:
+        with small_world() as data:
+            shown = show_data(data, str(folder / "targets"), "")
+            label(ranker, shown, tmp_path / "short")
+        names["SHORT"] = tmp_path / "short"
     if "OTHER" in more:
         other = dataclasses.replace(ranker.contract, training={"seed": 1})
         save_model(tmp_path / "other", ranker.module, other, ranker.tokenizer)

@@ -35,6 +35,7 @@ from jaxsearch.tasks.base import (
     evaluation_lists,
     first_layers,
     load_start,
+    may_learn,
     open_data,
     ranking_metrics,
 )
@@ -913,6 +914,12 @@ def test_a_store_of_all_queries_serves_the_first_ones_too(world: Dataset, tmp_pa
     task = build("retriever", "--task.labels", labels, "--task.data.max-queries", "3")
     assert task.num_examples == 3
     assert open_data(DataConfig(max_queries=3)).fingerprint == world.fingerprint
+    every = {(p.query, int(row)): None for p in world.pairs for row in p.documents}
+    first = open_data(DataConfig(max_queries=3))
+    assert {q for q, _ in may_learn(every, first, 3)} == {p.query for p in world.pairs[:3]}
+    assert may_learn(every, first, 0) == list(every)
+    hidden = dataclasses.replace(world, held_out=np.array([2, 5], np.int32))
+    assert may_learn(every, hidden, 0) == [(q, row) for q, row in every if row not in (2, 5)]
     # The judge has graded what was shown without a grade, too.
     assert all(isinstance(p, Pairs) and len(p.documents) > 4 for p in task.examples)
     assert max(float(p.grades.max()) for p in task.examples) == pytest.approx(4, abs=1e-3)

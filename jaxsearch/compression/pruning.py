@@ -268,8 +268,12 @@ def prune_model(
         progress: see `prune_decoder`.
 
     Raises:
-        InputError: the model is neither ranker nor judge, the plan does not fit it, or the data has fewer queries.
+        InputError: the model is neither ranker nor judge, or reads embeddings; the plan does not fit it, or the data has fewer queries.
     """
+    if model.contract.mixlm is not None:
+        raise InputError(
+            "the model reads MixLM's embeddings, which calibration knows nothing of: prune the ranker of full text that it began as"
+        )
     plan.apply(model.contract.architecture)
     multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     batches = make_batches(

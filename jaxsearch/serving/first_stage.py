@@ -29,7 +29,7 @@ class FirstStage:
         return f"first {self.depth} of BM25" + (f" and {self.retriever.hash}" if self.retriever else "")
 
     def pairs(self, data: Dataset) -> list[Pairs]:
-        """For each training query, what they find and the documents of its own pairs; nobody graded them.
+        """For each training query, what they find and the documents of its own pairs; nobody graded them. What is held out is not found.
 
         A data set's own pairs are drawn by grade or by what was shown; lists to rank are of another kind, most of their documents nearly
         fit.
@@ -38,17 +38,19 @@ class FirstStage:
           ContractError: the retriever is another kind of model.
         """
         queries = list(data.queries["train"])
-        depth = min(self.depth, len(data.documents))
-        bm25 = Bm25.build([document_text(document) for document in data.documents])
+        allowed = np.setdiff1d(np.arange(len(data.documents), dtype=np.int32), data.held_out)
+        documents = [data.documents[row] for row in allowed]
+        depth = min(self.depth, len(documents))
+        bm25 = Bm25.build([document_text(document) for document in documents])
         lists = [bm25.search([query.text for query in queries], depth)[0]]
         if self.retriever is not None:
             embedder = make_embedder(self.retriever)
-            index = ExhaustiveIndex(embedder.documents(data.documents))
+            index = ExhaustiveIndex(embedder.documents(documents))
             lists.append(index.search(embedder.queries(queries), depth)[0])
         own = {pairs.query: pairs.documents for pairs in data.pairs}
         found = []
         for query, some in enumerate(np.concatenate(lists, axis=1)):
-            every = np.concatenate([some[some >= 0], own.get(query, np.zeros(0, np.int32))])
+            every = np.concatenate([allowed[some[some >= 0]], own.get(query, np.zeros(0, np.int32))])
             rows = np.unique(every).astype(np.int32)
             found.append(Pairs(query, rows, np.full(len(rows), -1, np.int32)))
         return found

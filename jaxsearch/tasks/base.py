@@ -1,7 +1,7 @@
 """What every task starts from: data, tokenizer and initial decoder by config; the export of a model with its contract."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,13 @@ def open_data(config: DataConfig) -> Dataset:
     # Scores are stored by row, so that a store of all queries serves the first ones too.
     vars(first)["fingerprint"] = data.fingerprint
     return first
+
+
+def may_learn(pairs: Iterable[tuple[int, int]], data: Dataset, max_queries: int) -> list[tuple[int, int]]:
+    """Those of a store's pairs (query row, document row) that training may see: no held-out document, and under `DataConfig.max_queries`
+    no query beyond the limit."""
+    hidden, first = set(data.held_out.tolist()), {known.query for known in data.pairs}
+    return [(q, row) for q, row in pairs if row not in hidden and (not max_queries or q in first)]
 
 
 def precedent_count(share: float, data: Dataset, least: int = 1) -> int:

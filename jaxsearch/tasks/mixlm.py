@@ -6,9 +6,11 @@ folder, the encoder from a retriever's. The loss is
     L = sft_weight L_SFT + distill_weight L_distill + align_weight (pred_weight L_pred + hidden_weight L_hidden)
 
 - L_SFT: KL to the judge's labels or to the data set's grades, and with `truth_weight` what searchers did;
-- L_distill: KL to the stage II teachers' stored scores, of relevance and of every action;
-- L_pred: KL to what the ranker itself says of the full text, of relevance and of every action;
+- L_distill: KL to the stage II teachers' stored scores, of relevance and of every action (alpha and 1 - alpha, as in the ranker);
+- L_pred: KL to what the ranker itself says of the full text, of relevance and of every action (alpha and 1 - alpha);
 - L_hidden: 1 - cosine between the hidden states that the two answers are read from.
+
+Beside each relevance KL stands the ranker's listwise term (`listwise_weight`; 0: the paper's loss).
 
 The last two move the encoder alone: the ranker is held still in both of its passes. Its own text pass is their target, and a ranker that
 may move towards what it says itself soon says the same of everything. With `text_weight` the first two terms hold for the full text too,
@@ -130,6 +132,11 @@ class MixLMConfig(RankerConfig):
             )
         if self.tokens < 1:
             raise ConfigError(f"task.tokens is {self.tokens}: use at least 1 embedding per document")
+        if 0 < self.document_sample < 4 * self.tokens:
+            raise ConfigError(
+                f"task.document_sample is {self.document_sample}: its last quarter must hold the {self.tokens} tokens that are kept, "
+                f"use 0 or at least {4 * self.tokens}"
+            )
         if not 0 <= self.curriculum < 1:
             raise ConfigError(f"task.curriculum is {self.curriculum}: give a share from 0 to below 1")
         names = ("sft_weight", "distill_weight", "align_weight", "pred_weight", "hidden_weight")

@@ -17,7 +17,7 @@ from jaxsearch.data.records import ACTIONS
 from jaxsearch.losses import action_loss, binary_kl, listwise_kl
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.records import action_log_odds, relevance_log_odds
-from jaxsearch.tasks.base import ModelConfig, abstract_start, open_data
+from jaxsearch.tasks.base import ModelConfig, abstract_start, may_learn, open_data
 from jaxsearch.tasks.cross_encoder import CrossEncoderConfig, CrossEncoderTask, Example
 from jaxsearch.tasks.engagement_teacher import action_values, engagement_auroc, mask_rare
 from jaxsearch.tasks.teachers import (
@@ -192,7 +192,8 @@ class RankerTask(CrossEncoderTask):
             rows = {p.query: p.documents.tolist() for p in self.data.pairs if len(p.documents)}
         else:
             found: dict[int, dict[int, None]] = {}
-            for query, row in (pair for store in self._stores for pair in store):
+            pairs = (pair for store in self._stores for pair in store)
+            for query, row in may_learn(pairs, self.data, self.config.data.max_queries):
                 found.setdefault(query, {})[row] = None
             rows = {query: list(found[query]) for query in sorted(found)}
         examples = [

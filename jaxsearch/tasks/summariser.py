@@ -61,6 +61,7 @@ from jaxsearch.tasks.base import (
     check_prompt,
     evaluation_lists,
     load_start,
+    may_learn,
     open_data,
     ranking_metrics,
 )
@@ -106,7 +107,7 @@ class SummariserConfig(TaskConfig):
     clip: float = 0.2
     """How far the probability of a token may move on one set of samples before its gradient ends."""
     updates: int = 1
-    """Updates on one set of samples; each counts in the learning-rate schedule."""
+    """Updates on one set of samples; each counts in the learning-rate schedule, so that more than one needs `optimizer.decay_steps`."""
 
     def __post_init__(self) -> None:
         for name, least in (("queries", 1), ("samples", 2), ("updates", 1)):
@@ -133,6 +134,11 @@ class SummariserConfig(TaskConfig):
         Raises:
           ConfigError: neither targets nor a ranker with its scores, or models and stores that do not fit each other.
         """
+        if self.updates > 1 and not config.optimizer.decay_steps:
+            raise ConfigError(
+                f"task.updates is {self.updates}, each of which counts in the learning-rate schedule: "
+                f"give optimizer.decay_steps, {self.updates * config.steps} to end with the run"
+            )
         data = open_data(self.data)
         if self.targets:
             return ImitationTask(self, data)
@@ -450,7 +456,11 @@ class GrpoTask(SummariserTask):
           StoreError: it is unfinished, damaged, or of other data.
         """
         folder, contract = self.config.scores, self._ranker.contract
-        meta, found = read_scores(folder, self.data.fingerprint)
+        meta, stored = read_scores(folder, self.data.fingerprint)
+        if meta.dataset != self.data.name:
+            raise ConfigError(
+                f"task.scores is {folder!r}, scores of {meta.dataset}: label the full text of {self.data.name}, without --summaries"
+            )
         wanted = (*contract.labels, *contract.actions)
         own = meta.model == self._ranker.hash
         if own and contract.summariser:
@@ -462,7 +472,8 @@ class GrpoTask(SummariserTask):
                 f"task.scores is {folder!r}, which holds {', '.join(meta.columns)} by model {meta.model[:12]}; task.ranker is "
                 f"{self._ranker.hash[:12]}, of {', '.join(wanted)}: label with that ranker, or with the one of full text that taught it"
             )
-        logits = np.array(list(found.values()), np.float32)
+        found = may_learn(stored, self.data, self.config.data.max_queries)
+        logits = np.array([stored[pair] for pair in found], np.float32)
         values = np.concatenate([relevance_log_odds(logits)[:, None], action_log_odds(logits)], axis=1)
         return dict(zip(found, values, strict=True))
 
