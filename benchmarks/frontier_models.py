@@ -51,7 +51,7 @@ STEPS = {
 """Of each stage: about four hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
 embedding learns slowly what several learn in a fraction of the steps."""
 SAMPLE_STEPS = {160: 600, WHOLE: 100}
-"""Of each stage of `SAMPLES`, for ranker and encoder alike: a step on whole documents takes four times as long, for a quarter of the pairs."""
+"""Of each stage of `SAMPLES`, for ranker and encoder alike: whole documents take four times as long a step, for a quarter of the pairs."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
 """A third of a first training's rates, for what only has to get used to whole documents."""
