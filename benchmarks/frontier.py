@@ -419,7 +419,7 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
         "steps": options.steps, "untrained": options.untrained,
     }  # fmt: skip
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else dict(settings)
-    if differing := differences({key: known.get(key) for key in settings}, settings):
+    if differing := differences(known, settings):
         raise InputError(
             f"{path} was measured with {', '.join(differing)}: delete it, or give another --workdir"
         )

@@ -12,6 +12,7 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from flax import nnx
 from funnel import DEPTH, Demo
@@ -40,8 +41,21 @@ from jaxsearch.tasks.defaults import TINY_SERVED, tiny_prompt
 VOCABULARY = 4096
 WHOLE = 1400
 """Tokens of a whole document at most."""
-SAMPLES = {160: (16, 8), WHOLE: (4, 8)}
-"""Tokens of a document that are read one stage after another, samples before the whole; the queries and candidates of a batch."""
+
+
+class Stage(NamedTuple):
+    """Of training on samples of documents, or on whole ones."""
+
+    queries: int
+    """In a batch."""
+    candidates: int
+    """Of a query."""
+    steps: int
+
+
+SAMPLES = {160: Stage(16, 8, 600), WHOLE: Stage(4, 8, 100)}
+"""Tokens of a document that are read one stage after another, samples before the whole, by ranker and encoder alike: whole documents take
+four times as long a step, for a quarter of the pairs."""
 SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
@@ -50,8 +64,6 @@ STEPS = {
 }  # fmt: skip
 """Of each stage: about four hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
 embedding learns slowly what several learn in a fraction of the steps."""
-SAMPLE_STEPS = {160: 600, WHOLE: 100}
-"""Of each stage of `SAMPLES`, for ranker and encoder alike: whole documents take four times as long a step, for a quarter of the pairs."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
 """A third of a first training's rates, for what only has to get used to whole documents."""
@@ -79,7 +91,7 @@ class Chain:
 
     def _sampled(self, tokens: int, steps: int) -> list[str]:
         """A batch of samples of documents, or of whole ones, and an evaluation of few."""
-        queries, candidates = SAMPLES[tokens]
+        queries, candidates, _ = SAMPLES[tokens]
         sizes = ["--batch-size", str(queries), "--task.candidates", str(candidates), "--steps", str(steps)]
         read = ["--task.document-sample", "0" if tokens == WHOLE else str(tokens)]
         rates = FULL_RATES if tokens == min(SAMPLES) else FINE
@@ -145,9 +157,9 @@ class Chain:
     def ranker(self) -> Model:
         """The ranker that reads text."""
         latest, model = "ranker", self.short_ranker()
-        for tokens, steps in SAMPLE_STEPS.items() if self.warm else ():
+        for tokens, stage in SAMPLES.items() if self.warm else ():
             start, latest = self.path(latest), f"ranker_{tokens}"
-            model = self._used_to(latest, start, tokens, steps)
+            model = self._used_to(latest, start, tokens, stage.steps)
         return model
 
     def pruned(self) -> Model:
@@ -223,8 +235,8 @@ class Chain:
         """
         self.short_mixlm(tokens)
         name, stores = f"mixlm_{tokens}", self._mixlm_stores(tokens)
-        for sample, steps in SAMPLE_STEPS.items() if self.warm else ():
-            start = ["--task.model.init-from", self.path(name), *stores, *self._sampled(sample, steps)]
+        for sample, stage in SAMPLES.items() if self.warm else ():
+            start = ["--task.model.init-from", self.path(name), *stores, *self._sampled(sample, stage.steps)]
             start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
             # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's reading is aligned to.
             terms = ["--task.curriculum", "0.3" if sample == min(SAMPLES) else "0", "--task.text-every", "1"]

@@ -12,9 +12,9 @@ folder, the encoder from a retriever's. The loss is
 
 Beside each relevance KL stands the ranker's listwise term (`listwise_weight`; 0: the paper's loss).
 
-The last two move the encoder alone: the ranker is held still in both of its passes. Its own text pass is their target, and a ranker that
-may move towards what it says itself soon says the same of everything. With `text_weight` the first two terms hold for the full text too,
-so that documents without an embedding are still read well.
+L_pred and L_hidden move the encoder alone: the ranker is held still in both of its passes. Its own text pass is their target, and a
+ranker that may move towards what it says itself soon says the same of everything. With `text_weight` L_SFT and L_distill hold for the full
+text too, so that documents without an embedding are still read well.
 
 Axes: B queries, L candidates, M documents, S embeddings per document, W width of the ranker, C labels and actions.
 """

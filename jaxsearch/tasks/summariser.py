@@ -132,7 +132,8 @@ class SummariserConfig(TaskConfig):
         """The task on its data.
 
         Raises:
-          ConfigError: neither targets nor a ranker with its scores, or models and stores that do not fit each other.
+          ConfigError: neither targets nor a ranker with its scores, models and stores that do not fit each other, or several updates
+            without `optimizer.decay_steps`.
         """
         if self.updates > 1 and not config.optimizer.decay_steps:
             raise ConfigError(
