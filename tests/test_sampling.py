@@ -5,16 +5,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_market import fast_compilation, small_world
+from small_market import fast_compilation, filled, small_world
 from test_tasks import build, rngs, write_store
 
 from jaxsearch.config import ConfigError
 from jaxsearch.data.records import ACTIONS
 from jaxsearch.data.sampling import RUN, sample_places
+from jaxsearch.models.attention import Causal
+from jaxsearch.models.decoder import Decoder
 from jaxsearch.scoring.records import RANKER_LABELS
 
 ROOM = 8
@@ -105,6 +108,32 @@ def test_the_encoder_reads_samples_and_serves_whole_documents(tasks: Any) -> Non
     shapes = task.batch_shape(4)
     assert [x.shape for x in jax.tree.leaves(batch)] == [x.shape for x in jax.tree.leaves(shapes)]
     assert all(part.truncated == 0 for part in task.encoder_room.documents(task.data.documents))
+
+
+def plain(decoder: Decoder, tokens: list[int], positions: list[int]) -> np.ndarray:
+    """Hidden states [T, D] of one causal pass over these tokens at these positions."""
+    x, where = decoder.embed(jnp.array([tokens])), jnp.ones((1, len(tokens)), bool)
+    return np.asarray(decoder(x, jnp.array([positions]), Causal(where))[0])[0]
+
+
+def test_samples_are_read_as_by_a_plain_pass_at_their_places(tasks: Any) -> None:
+    task = tasks("mixlm", ROOM)
+    pair, batch = filled(task.init, 3), task.batch(np.arange(2), rngs(0, 2))
+    prefix, items, documents = batch["prefix"], batch["items"], batch["documents"]
+    logits = np.asarray(task.logits(pair.ranker, batch))
+    for q, slot in zip(*np.nonzero(items.where), strict=True):
+        n, start = items.last[q, slot, 1] + 1, prefix.where[q].sum()
+        tokens = [*prefix.tokens[q, :start], *items.tokens[q, slot, :n]]
+        hidden = plain(pair.ranker.decoder, tokens, [*range(start), *(start + items.offsets[q, slot, :n])])
+        np.testing.assert_allclose(
+            logits[q, slot], hidden[-1] @ np.asarray(pair.ranker.label_matrix()).T, atol=1e-4
+        )
+    found = np.asarray(pair.encoder(*map(jnp.asarray, documents)))
+    for m in np.flatnonzero(documents.where.any(axis=1)):
+        hidden = plain(pair.encoder.decoder, documents.tokens[m].tolist(), documents.positions[m].tolist())
+        np.testing.assert_allclose(found[m], hidden[-2:], atol=1e-5)
+    close = np.asarray(pair.encoder(*map(jnp.asarray, documents[:2])))
+    assert np.abs(close - found).max() > 1e-3
 
 
 def test_a_negative_sample_is_refused(tasks: Any) -> None:
