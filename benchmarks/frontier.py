@@ -52,7 +52,7 @@ from jaxsearch.retrieval.bm25 import document_text
 from jaxsearch.retrieval.traditional import Features
 from jaxsearch.scoring.buckets import Buckets, steps
 from jaxsearch.scoring.embedding_store import EmbeddingStore, encode_documents
-from jaxsearch.scoring.mixed import make_mixed_scorer, shuffled
+from jaxsearch.scoring.mixed import keep_fields, make_mixed_scorer, shuffled
 from jaxsearch.scoring.packing import Item
 from jaxsearch.scoring.prefill import PrefillScorer
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
@@ -201,7 +201,8 @@ class Bench:
     def mixlm(self, tokens: int, *, cut: bool = False) -> Contender:
         """MixLM with embeddings from its store; cut: of an encoder that reads the first tokens of a document."""
         ranker, encoder = (self.chain.short_mixlm if cut else self.chain.mixlm)(tokens)
-        path = self.workdir / f"embeddings_{tokens}{'_cut' if cut else ''}{self.suffix}"
+        name = self.chain.mixlm_name(tokens)
+        path = self.workdir / f"embeddings_{name}{'_cut' if cut else ''}{self.suffix}"
         encode_documents(encoder, self.data.documents, path)
         store = EmbeddingStore.open(path, ranker.contract.mixlm)
         store.require(self.data.documents)
@@ -216,6 +217,9 @@ class Bench:
             * ranker.contract.architecture.width
             * np.dtype(ranker.contract.architecture.dtype).itemsize
         )
+        if fields := ranker.contract.mixlm.text_fields:
+            shown = scorer.room.documents(keep_fields(documents, fields))
+            size += TEXT_BYTES * float(np.mean([len(part.ids) for part in shown]))
         read = PromptRoom(encoder.tokenizer, encoder.contract.prompts["document"]).documents(documents)
         contender = language_model(scorer, ranker, size, self.evaluation.action)
         ends = float(np.mean([part.truncated > 0 for part in read]))
@@ -266,7 +270,7 @@ def rows(bench: Bench) -> dict[str, Row]:
     found = {
         "shared_prefix": Row(lambda: bench.text(models.ranker())),
         "full_text": Row(lambda: bench.text(models.ranker(), share=False), "shared_prefix"),
-        **{f"mixlm_{n}": Row(lambda n=n: bench.mixlm(n)) for n in bench.options.tokens},
+        **{models.mixlm_name(n): Row(lambda n=n: bench.mixlm(n)) for n in bench.options.tokens},
         "lightgbm": Row(bench.lightgbm),
         "retrieval": Row(bench.retrieval),
         "pruned": Row(lambda: bench.text(models.pruned())),
@@ -280,7 +284,10 @@ def rows(bench: Bench) -> dict[str, Row]:
         print("no jaxsearch.data.summaries here: the rows summarised and pruned_summarised are left out")
     if models.warm:
         found["cut"] = Row(lambda: bench.text(models.short_ranker()))
-        found |= {f"cut_mixlm_{n}": Row(lambda n=n: bench.mixlm(n, cut=True)) for n in bench.options.tokens}
+        found |= {
+            f"cut_{models.mixlm_name(n)}": Row(lambda n=n: bench.mixlm(n, cut=True))
+            for n in bench.options.tokens
+        }
     return found
 
 
@@ -530,6 +537,9 @@ def main() -> int:
     )
     parser.add_argument("--unseen", action="store_true", help="on postings that no stage has seen: quality")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1], help="T_S of the MixLM rows")
+    parser.add_argument(
+        "--text-fields", nargs="*", default=[], help="that MixLM's ranker reads as text beside the embeddings"
+    )
     parser.add_argument("--rows", nargs="*", default=[], help="only these rows")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--budget-ms", type=float, default=500.0, help="p99 of a request at most")
@@ -550,7 +560,11 @@ def main() -> int:
     data = open_data(DataConfig(options.dataset, data_dir))
     if options.untrained:
         options.parts = ["speed"]
-    chain = (Untrained if options.untrained else Chain)(demo, data, options.warm_tokens)
+    known = {name for document in data.documents for name in document.fields}
+    if unknown := [name for name in options.text_fields if name not in known]:
+        raise InputError(f"--text-fields has {unknown[0]!r}: documents have {', '.join(sorted(known))}")
+    make_chain = Untrained if options.untrained else Chain
+    chain = make_chain(demo, data, options.warm_tokens, options.text_fields)
     corpus = data
     if options.unseen:
         options.parts = ["quality"]

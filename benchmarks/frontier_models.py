@@ -9,6 +9,7 @@ and fewer pairs. With warm = 0 they read whole ones from the start. The ranker o
 import dataclasses
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +60,7 @@ four times as long a step, for a quarter of the pairs."""
 SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
-    "base": 450, "retriever": 300, "relevance_teacher": 2_000, "engagement_teacher": 200, "student": 400, "summarised": 150, "pruned": 150,
+    "base": 450, "retriever": 300, "relevance_teacher": 2_000, "engagement_teacher": 300, "student": 600, "summarised": 150, "pruned": 150,
     "mixlm_1": 5_000, "mixlm": 1_200,
 }  # fmt: skip
 """Of each stage: about four hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
@@ -78,6 +79,12 @@ class Chain:
     data: Dataset
     warm: int
     """Tokens of a document at first; 0: all from the start."""
+    text_fields: Sequence[str] = ()
+    """Fields of a document that MixLM's ranker reads as text beside the embeddings."""
+
+    def mixlm_name(self, tokens: int) -> str:
+        """Of the pair with so many embeddings per document, before it has seen whole documents."""
+        return "_".join(("mixlm", str(tokens), *self.text_fields))
 
     def path(self, name: str) -> str:
         """A stage's model folder."""
@@ -209,6 +216,8 @@ class Chain:
         """Overrides that say what a pair learns from: the ranker's reading of first tokens."""
         scores = self._ranker_scores
         stores = ["--task.relevance-teachers", scores, "--task.tokens", str(tokens)]
+        if self.text_fields:
+            stores += ["--task.text-fields", *self.text_fields]
         return [*stores, "--task.engagement-teachers", scores] if self.data.actions else stores
 
     def _pair(self, name: str) -> tuple[Model, Model]:
@@ -223,7 +232,7 @@ class Chain:
             "--task.encoder.init-from",
             self.path("retriever"),
         ]
-        name = f"mixlm_{tokens}"
+        name = self.mixlm_name(tokens)
         more = [*self._steps(name if name in STEPS else "mixlm"), *self._cut(), *self._cut("encoder-prompt")]
         self.demo.train(name, "mixlm.py:tiny", *start, *self._mixlm_stores(tokens), *more)
         return self._pair(name)
@@ -234,14 +243,15 @@ class Chain:
         What aligned the two is done on the first tokens; the encoder, which alone reads documents, then gets used to whole ones.
         """
         self.short_mixlm(tokens)
-        name, stores = f"mixlm_{tokens}", self._mixlm_stores(tokens)
+        first, stores = self.mixlm_name(tokens), self._mixlm_stores(tokens)
+        name = first
         for sample, stage in SAMPLES.items() if self.warm else ():
             start = ["--task.model.init-from", self.path(name), *stores, *self._sampled(sample, stage.steps)]
             start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
             # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's reading is aligned to.
             terms = ["--task.curriculum", "0.3" if sample == min(SAMPLES) else "0", "--task.text-every", "1"]
             limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(WHOLE)]
-            name = f"mixlm_{tokens}_{sample}"
+            name = f"{first}_{sample}"
             self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits)
         return self._pair(name)
 
@@ -292,10 +302,11 @@ class Untrained(Chain):
 
     def mixlm(self, tokens: int) -> tuple[Model, Model]:
         """Ranker and encoder."""
-        part, name = MixLMPart(tokens, self._size().width), f"mixlm_{tokens}"
+        name = self.mixlm_name(tokens)
+        part = MixLMPart(tokens, self._size().width)
         prompts = {"document": self._prompt("document", WHOLE)}
         encoder = self._random(f"{name}_encoder", Contract("encoder", self._size(), prompts, mixlm=part))
-        part = dataclasses.replace(part, encoder=encoder.hash)
+        part = dataclasses.replace(part, encoder=encoder.hash, text_fields=tuple(self.text_fields))
         return self._ranker(name, WHOLE, self._size(), part), encoder
 
     def short_mixlm(self, tokens: int) -> tuple[Model, Model]:

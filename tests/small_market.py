@@ -1,7 +1,7 @@
 """A data set of eight documents and twenty queries, decoders to match, and the whole funnel trained on them for a few steps."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -106,15 +106,40 @@ def fast_compilation() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+class _World:
+    """The patches of `small_world` and who is inside: fixtures of several scopes overlap and leave in any order."""
+
+    def __init__(self) -> None:
+        self.inside, self.patches, self.data = 0, ExitStack(), dataset()
+
+    def enter(self) -> None:
+        self.inside += 1
+        if self.inside > 1:
+            return
+        self.data = dataset()
+        self.patches.enter_context(fast_compilation())
+        patch = self.patches.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(jaxsearch.tasks.base, "load_dataset", lambda name, folder: self.data)
+        patch.setitem(presets.PRESETS, "tiny", TEACHER)
+        patch.setitem(presets.PRESETS, "tiny_student", STUDENT)
+
+    def leave(self) -> None:
+        self.inside -= 1
+        if not self.inside:
+            self.patches.close()
+
+
+_WORLD = _World()
+
+
 @contextmanager
 def small_world() -> Iterator[Dataset]:
     """Tasks load this data set whatever they ask for, and the `tiny` presets are smaller still."""
-    data = dataset()
-    with pytest.MonkeyPatch.context() as patch, fast_compilation():
-        patch.setattr(jaxsearch.tasks.base, "load_dataset", lambda name, folder: data)
-        patch.setitem(presets.PRESETS, "tiny", TEACHER)
-        patch.setitem(presets.PRESETS, "tiny_student", STUDENT)
-        yield data
+    _WORLD.enter()
+    try:
+        yield _WORLD.data
+    finally:
+        _WORLD.leave()
 
 
 @dataclass(frozen=True)

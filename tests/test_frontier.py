@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_market import TEACHER, Funnel, filled
+from small_market import TEACHER, Funnel, filled, small_tokenizer
 from test_tasks import build, configured
 
 from jaxsearch.config import load_config, to_dict
 from jaxsearch.data.datasets import Dataset
+from jaxsearch.data.prompts import PromptRoom
 from jaxsearch.data.records import Query
 from jaxsearch.errors import InputError
 from jaxsearch.models import presets
@@ -105,13 +106,17 @@ class SmallChain:
     warm = 0
     can_summarise = False
 
-    def __init__(self, funnel: Funnel, folder: Path, demo: Any):
-        self.demo, self._funnel = demo, funnel
+    def __init__(self, funnel: Funnel, folder: Path, demo: Any, *text_fields: str):
+        self.demo, self._funnel, self.text_fields = demo, funnel, text_fields
         store = str(funnel.store("relevance_teacher"))
         options = ["--task.relevance-teachers", store, "--task.model.init-from", str(funnel.model("ranker"))]
+        options += ["--task.text-fields", *text_fields] if text_fields else []
         task = build("mixlm", *options, "--task.encoder.init-from", str(funnel.model("retriever")))
         self._mixlm = folder / "mixlm"
         task.export(filled(task.init, 3), self._mixlm, configured("mixlm", *options))
+
+    def mixlm_name(self, tokens: int) -> str:
+        return importlib.import_module("frontier_models").Chain.mixlm_name(self, tokens)
 
     def ranker(self) -> Model:
         return load_model(self._funnel.model("ranker"))
@@ -158,6 +163,29 @@ def test_rows_are_measured_once_and_kept(
         frontier.measure(bench, "mixlm_1", every["mixlm_1"])
 
 
+def test_fields_that_stay_text_are_counted(
+    frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
+) -> None:
+    """A row of its own, whose documents hold the tokens of their titles beside their embeddings."""
+    options = argparse.Namespace(test_queries=3, tokens=[1], unseen=False)
+    queries, lists = list(world.queries["test"][:2]), [np.arange(8), np.arange(3)]
+    rows = {}
+    for fields in ((), ("title",)):
+        folder = tmp_path / "-".join(("run", *fields))
+        folder.mkdir()
+        demo = frontier.Demo(folder, "small", "", 0, 1.0, 0, False)
+        bench = frontier.Bench(SmallChain(funnel, folder, demo, *fields), world, options)
+        name = "_".join(("mixlm", "1", *fields))
+        assert name in frontier.rows(bench)
+        rows[fields] = bench.mixlm(1)
+    plain, titled = rows.values()
+    room = PromptRoom(small_tokenizer(), load_model(funnel.model("ranker")).contract.prompts["pair"])
+    titles = [dataclasses.replace(d, fields={"title": d.fields["title"]}) for d in world.documents]
+    tokens = float(np.mean([len(part.ids) for part in room.documents(titles)]))
+    assert titled.bytes_per_document == pytest.approx(plain.bytes_per_document + 4 * tokens)
+    assert titled.flops(queries, lists) > plain.flops(queries, lists)
+
+
 def test_scores_alone_are_those_behind_a_shared_prefix(
     frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
 ) -> None:
@@ -198,7 +226,7 @@ def test_unseen_postings_are_ranked_by_the_same_models(
     }
     assert all(row["click_auroc"] is None for row in found.values())
     assert (tmp_path / "rows_unseen/mixlm_1.json").is_file()
-    assert (tmp_path / "embeddings_1_unseen").is_dir()
+    assert (tmp_path / "embeddings_mixlm_1_unseen").is_dir()
     assert not (tmp_path / "rows").exists()
 
 
