@@ -2,8 +2,8 @@
 
 Nothing that a judge would have to read is needed: teachers learn the data set's own grades and impressions. What reads documents first
 reads `warm` tokens of them, in which the structured fields of a generated posting stand; the ranker and MixLM's encoder then go on with
-samples of whole documents (`data.sampling`), which teach them distances cheaply, and last with the documents themselves, a batch of fewer
-and fewer pairs. With warm = 0 they read whole ones from the start. The ranker of whole documents is pruned.
+samples of whole documents (`data.sampling`), which teach them distances cheaply: a hundred steps on the documents themselves added nothing
+to that. With warm = 0 they read whole ones from the start. The ranker of whole documents is pruned.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 from flax import nnx
 from funnel import DEPTH, Demo
@@ -44,30 +43,21 @@ WHOLE = 1400
 """Tokens of a whole document at most."""
 
 
-class Stage(NamedTuple):
-    """Of training on samples of documents, or on whole ones."""
-
-    queries: int
-    """In a batch."""
-    candidates: int
-    """Of a query."""
-    steps: int
-
-
-SAMPLES = {160: Stage(16, 8, 600), WHOLE: Stage(4, 8, 100)}
-"""Tokens of a document that are read one stage after another, samples before the whole, by ranker and encoder alike: whole documents take
-four times as long a step, for a quarter of the pairs."""
+SAMPLE = 160
+"""Tokens of a document that are read in training by what has to get used to whole ones."""
+SAMPLED = ("--batch-size", "16", "--task.candidates", "8")
+"""Half of a first training's queries, with half of their candidates: a pair is four times as long."""
 SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
-    "base": 450, "retriever": 300, "relevance_teacher": 2_000, "engagement_teacher": 300, "student": 600, "summarised": 150, "pruned": 150,
-    "mixlm_1": 5_000, "mixlm": 1_200,
+    "base": 450, "retriever": 300, "relevance_teacher": 2_000, "engagement_teacher": 300, "student": 600, "sampled": 600, "summarised": 150,
+    "pruned": 150, "mixlm_1": 5_000, "mixlm": 1_200, "mixlm_5_title": 600,
 }  # fmt: skip
 """Of each stage: about four hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
-embedding learns slowly what several learn in a fraction of the steps."""
+embedding learns slowly what several learn in a fraction of the steps, and a title that stays text saves some."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
-"""A third of a first training's rates, for what only has to get used to whole documents."""
+"""A third of a first training's rates, for what only has to get used to summaries or to fewer weights."""
 FULL_RATES = ("--optimizer.learning-rate", "3e-3", "--optimizer.muon-learning-rate", "0.02")
 
 
@@ -96,13 +86,10 @@ class Chain:
     def _cut(self, part: str = "prompt") -> list[str]:
         return [f"--task.{part}.max-document-tokens", str(self.warm or WHOLE)]
 
-    def _sampled(self, tokens: int, steps: int) -> list[str]:
-        """A batch of samples of documents, or of whole ones, and an evaluation of few."""
-        queries, candidates, _ = SAMPLES[tokens]
-        sizes = ["--batch-size", str(queries), "--task.candidates", str(candidates), "--steps", str(steps)]
-        read = ["--task.document-sample", "0" if tokens == WHOLE else str(tokens)]
-        rates = FULL_RATES if tokens == min(SAMPLES) else FINE
-        return [*sizes, *read, "--task.data.eval-queries", "20", "--log-every", "10", *rates]
+    def _sampled(self, stage: str, rates: Sequence[str]) -> list[str]:
+        """Overrides for training on samples of documents, and an evaluation of few."""
+        read = [*SAMPLED, "--task.document-sample", str(SAMPLE)] if self.warm else []
+        return [*self._steps(stage), *read, "--task.data.eval-queries", "20", *rates]
 
     def tokenizer(self) -> str:
         """A vocabulary of the data's own words, so that documents are no longer than they must be."""
@@ -149,9 +136,9 @@ class Chain:
         """A store of scores of the training pairs and of what the first stages find, which is what will be ranked."""
         return self.demo.label(name, model, self.data, 0, FirstStage(self.retriever(), DEPTH))
 
-    def _used_to(self, name: str, init_from: str, tokens: int, steps: int) -> Model:
-        """A ranker that goes on with samples of so many tokens."""
-        start = ["--task.model.init-from", init_from, *self.teachers, *self._sampled(tokens, steps)]
+    def _used_to_whole(self, name: str, init_from: str, stage: str, rates: Sequence[str]) -> Model:
+        """A ranker that goes on with samples of whole documents."""
+        start = ["--task.model.init-from", init_from, *self.teachers, *self._sampled(stage, rates)]
         return self.demo.train(
             name, "ranker.py:tiny", *start, "--task.prompt.max-document-tokens", str(WHOLE)
         )
@@ -163,21 +150,20 @@ class Chain:
 
     def ranker(self) -> Model:
         """The ranker that reads text."""
-        latest, model = "ranker", self.short_ranker()
-        for tokens, stage in SAMPLES.items() if self.warm else ():
-            start, latest = self.path(latest), f"ranker_{tokens}"
-            model = self._used_to(latest, start, tokens, stage.steps)
-        return model
+        first = self.short_ranker()
+        if not self.warm:
+            return first
+        return self._used_to_whole("ranker_whole", self.path("ranker"), "sampled", FULL_RATES)
 
     def pruned(self) -> Model:
-        """Half of the MLP neurons and the last layer taken from the ranker, and its recovery on whole documents."""
+        """Half of the MLP neurons and the last layer taken from the ranker, and its recovery on samples of whole documents."""
         whole, start = self.ranker(), self.demo.workdir / "pruned_start"
         calibration = {"queries": 16, "candidates": 16}
         if not start.is_dir():
             with self.demo.stage("pruning"):
                 save_pruned(start, prune_model(whole, self.data, PRUNED, **calibration), whole)
         check_pruned(start, whole, PRUNED, **calibration)
-        return self._used_to("pruned", str(start), WHOLE, STEPS["pruned"])
+        return self._used_to_whole("pruned", str(start), "pruned", FINE)
 
     @property
     def can_summarise(self) -> bool:
@@ -242,18 +228,17 @@ class Chain:
 
         What aligned the two is done on the first tokens; the encoder, which alone reads documents, then gets used to whole ones.
         """
-        self.short_mixlm(tokens)
-        first, stores = self.mixlm_name(tokens), self._mixlm_stores(tokens)
-        name = first
-        for sample, stage in SAMPLES.items() if self.warm else ():
-            start = ["--task.model.init-from", self.path(name), *stores, *self._sampled(sample, stage.steps)]
-            start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
-            # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's reading is aligned to.
-            terms = ["--task.curriculum", "0.3" if sample == min(SAMPLES) else "0", "--task.text-every", "1"]
-            limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(WHOLE)]
-            name = f"{first}_{sample}"
-            self.demo.train(name, "mixlm.py:tiny", *start, *terms, *limits)
-        return self._pair(name)
+        first = self.short_mixlm(tokens)
+        if not self.warm:
+            return first
+        name = self.mixlm_name(tokens)
+        start = ["--task.model.init-from", self.path(name), *self._mixlm_stores(tokens)]
+        start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
+        # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's reading is aligned to.
+        terms = ["--task.curriculum", "0.3", "--task.text-every", "1", *self._sampled("sampled", FULL_RATES)]
+        limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(WHOLE)]
+        self.demo.train(f"{name}_whole", "mixlm.py:tiny", *start, *terms, *limits)
+        return self._pair(f"{name}_whole")
 
 
 class Untrained(Chain):
