@@ -51,7 +51,7 @@ SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
     "base": 450, "retriever": 300, "relevance_teacher": 2_000, "engagement_teacher": 300, "student": 600, "sampled": 600, "summarised": 150,
-    "pruned": 150, "mixlm_1": 5_000, "mixlm": 1_200, "mixlm_5_title": 600,
+    "pruned": 150, "mixlm_1": 5_000, "mixlm": 1_200, "mixlm_5_title": 600, "mixlm_sampled": 450,
 }  # fmt: skip
 """Of each stage: about four hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
 embedding learns slowly what several learn in a fraction of the steps, and a title that stays text saves some."""
@@ -235,7 +235,13 @@ class Chain:
         start = ["--task.model.init-from", self.path(name), *self._mixlm_stores(tokens)]
         start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
         # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's reading is aligned to.
-        terms = ["--task.curriculum", "0.3", "--task.text-every", "1", *self._sampled("sampled", FULL_RATES)]
+        terms = [
+            "--task.curriculum",
+            "0.3",
+            "--task.text-every",
+            "1",
+            *self._sampled("mixlm_sampled", FULL_RATES),
+        ]
         limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(WHOLE)]
         self.demo.train(f"{name}_whole", "mixlm.py:tiny", *start, *terms, *limits)
         return self._pair(f"{name}_whole")
