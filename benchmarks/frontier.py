@@ -13,6 +13,7 @@ weights are random, which costs no training: speed and FLOPs do not depend on th
   preloaded, as in serving. The figure is the highest rate whose p99 stays within `--budget-ms`. `engine_items_per_s` leaves out
   tokenising queries and writing pair features.
 
+With `--text-fields title` MixLM's ranker reads titles as text beside the embeddings, and its rows are named by it (`mixlm_5_title`).
 With `--unseen` rows are ranked on postings of the same generated market that no stage has seen, quality alone (`WORKDIR/rows_unseen`).
 
 `WORKDIR/frontier.md` holds the table with the published row beside each, `frontier.png` quality against items per second.
@@ -540,8 +541,10 @@ def main() -> int:
     parser.add_argument(
         "--text-fields", nargs="*", default=[], help="that MixLM's ranker reads as text beside the embeddings"
     )
-    parser.add_argument("--rows", nargs="*", default=[], help="only these rows")
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument(
+        "--rows", nargs="*", default=[], help="only these rows; a name that does not exist shows all"
+    )
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS), help="of a row")
     parser.add_argument("--budget-ms", type=float, default=500.0, help="p99 of a request at most")
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="of timing per size of request and of call"

@@ -219,7 +219,8 @@ class Chain:
             self.path("retriever"),
         ]
         name = self.mixlm_name(tokens)
-        more = [*self._steps(name if name in STEPS else "mixlm"), *self._cut(), *self._cut("encoder-prompt")]
+        stage = next(key for key in (name, f"mixlm_{tokens}", "mixlm") if key in STEPS)
+        more = [*self._steps(stage), *self._cut(), *self._cut("encoder-prompt")]
         self.demo.train(name, "mixlm.py:tiny", *start, *self._mixlm_stores(tokens), *more)
         return self._pair(name)
 

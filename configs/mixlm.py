@@ -2,11 +2,11 @@
 
 Stage I is configs/judge.py, stage II configs/ranker.py; the teacher's scores are those that the stage II ranker gave:
 
-    python serve.py label --model runs/ranker/model --dataset job_market:tiny --output runs/ranker_scores \
+    python serve.py label --model runs/ranker/model --dataset job_market:tiny --output runs/ranker_lists \
         --retriever runs/retriever/model
     python train.py --config configs/mixlm.py:tiny --workdir runs/mixlm --task.model.init-from runs/ranker/model \
         --task.encoder.init-from runs/retriever/model --task.labels runs/judge_labels \
-        --task.relevance-teachers runs/ranker_scores --task.engagement-teachers runs/ranker_scores
+        --task.relevance-teachers runs/ranker_lists --task.engagement-teachers runs/ranker_lists
     python serve.py encode --model runs/mixlm/model/encoder --dataset job_market:tiny --output runs/embeddings
 
 Hardware: tiny 2 CPU cores; smollm2_135m_8l (the first 8 layers of both) a GPU, or CPU cores and patience; qwen3_0_6b a TPU or GPU slice.

@@ -433,11 +433,11 @@ def test_stage_three_starts_from_stage_two_and_a_retriever(exported: Path, tmp_p
             ),
             ([], "task.relevance_teachers is empty"),
             (["--task.curriculum", "1"], "task.curriculum is 1"),
+            (["--task.encoder.init-from", "nowhere"], "encoder.init_from is 'nowhere': give a model folder"),
         ):
+            alone = ["--task.distill-weight", "0"] if "fields" in message or "nowhere" in message else []
             with pytest.raises(ConfigError, match=message):
-                build(
-                    "mixlm", *([*options, "--task.distill-weight", "0"] if "fields" in message else options)
-                )
+                build("mixlm", *options, *alone)
 
 
 def test_evaluation_tells_embeddings_text_and_chance_apart(task: MixLMTask, pair: MixLM) -> None:

@@ -73,7 +73,9 @@ def choose_queries(data: Dataset, count: int) -> list[Pairs]:
     """
     known = [pairs for pairs in data.pairs if len(pairs.documents)]
     if not 1 <= count <= len(known):
-        raise InputError(f"queries is {count}: {data.name} has {len(known)} training queries; give 1 to that")
+        raise InputError(
+            f"queries is {count}: {data.name} has {len(known)} training queries; give 1 to {len(known)}"
+        )
     return [known[i] for i in np.linspace(0, len(known) - 1, count).astype(int)]
 
 

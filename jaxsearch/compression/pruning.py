@@ -69,7 +69,9 @@ class Pruning:
         if not 0 < self.damping < np.inf:
             raise InputError(f"damping is {self.damping}: give a positive number, such as 0.001")
         if not (self.mlp or self.heads or self.layers):
-            raise InputError("mlp, heads and layers are all 0: say what is to go")
+            raise InputError(
+                "mlp, heads and layers are all 0: give at least one of them (--mlp, --heads, --layers-drop)"
+            )
 
     def apply(self, config: DecoderConfig) -> DecoderConfig:
         """The sizes of what stays.

@@ -80,8 +80,8 @@ class Start:
     """Action -> its row [D] of the head, where the checkpoint has action heads."""
 
 
-def load_start(config: ModelConfig, data: Dataset) -> Start:
-    """Tokenizer, sizes and weights as the config says.
+def load_start(config: ModelConfig, data: Dataset, field: str = "model") -> Start:
+    """Tokenizer, sizes and weights as the config says; `field` is its name in messages.
 
     Raises:
       ConfigError: the checkpoint is nowhere, or the layers are more than it has.
@@ -92,7 +92,7 @@ def load_start(config: ModelConfig, data: Dataset) -> Start:
     if not config.init_from:
         if config.layers:
             raise ConfigError(
-                f"model.layers is {config.layers}, but there is no model.init_from to take them from"
+                f"{field}.layers is {config.layers}, but there is no {field}.init_from to take them from"
             )
         found = (
             Tokenizer.load(config.tokenizer) if config.tokenizer else train_tokenizer(data, config.vocab_size)
@@ -103,15 +103,16 @@ def load_start(config: ModelConfig, data: Dataset) -> Start:
             dataclasses.replace(sizes, vocab_size=max(found.vocab_size, _least(config)), **changes),
             None,
         )
-    decoder, found, action_rows = _load_checkpoint(Path(config.init_from))
+    decoder, found, action_rows = _load_checkpoint(Path(config.init_from), field)
     if config.tokenizer:
         found = Tokenizer.load(config.tokenizer)
     if found.vocab_size > decoder.config.vocab_size:
         raise ConfigError(
-            f"model.tokenizer has {found.vocab_size} tokens, {config.init_from} only {decoder.config.vocab_size}: use the checkpoint's own"
+            f"{field}.tokenizer has {found.vocab_size} tokens, {config.init_from} only {decoder.config.vocab_size}: "
+            "use the checkpoint's own"
         )
     if config.layers:
-        decoder = first_layers(decoder, config.layers)
+        decoder = first_layers(decoder, config.layers, field)
     architecture = dataclasses.replace(decoder.config, **changes)
     return Start(found, architecture, decoder, action_rows)
 
@@ -145,7 +146,7 @@ def _least(config: ModelConfig) -> int:
     return 0 if config.preset.startswith("tiny") else preset(config.preset).vocab_size
 
 
-def _load_checkpoint(path: Path) -> tuple[Decoder, Tokenizer, Mapping[str, np.ndarray]]:
+def _load_checkpoint(path: Path, field: str) -> tuple[Decoder, Tokenizer, Mapping[str, np.ndarray]]:
     if path.suffix == ".gguf":
         return gguf.load_decoder(path), Tokenizer(gguf.load_tokenizer(path)), {}
     if (path / contracts.CONTRACT_FILE).is_file():
@@ -156,14 +157,14 @@ def _load_checkpoint(path: Path) -> tuple[Decoder, Tokenizer, Mapping[str, np.nd
     if (path / "config.json").is_file():
         return huggingface.load_decoder(path), Tokenizer.load(path), {}
     raise ConfigError(
-        f"model.init_from is {str(path)!r}: give a model folder of a finished run, a Hugging Face folder or a .gguf file"
+        f"{field}.init_from is {str(path)!r}: give a model folder of a finished run, a Hugging Face folder or a .gguf file"
     )
 
 
-def first_layers(decoder: Decoder, layers: int) -> Decoder:
+def first_layers(decoder: Decoder, layers: int, field: str = "model") -> Decoder:
     """A decoder of the first `layers` layers, with the same embeddings and final norm."""
     if not 1 <= layers <= decoder.config.layers:
-        raise ConfigError(f"model.layers is {layers}: the checkpoint has {decoder.config.layers}")
+        raise ConfigError(f"{field}.layers is {layers}: the checkpoint has {decoder.config.layers}")
     shorter = nnx.eval_shape(
         lambda: Decoder(dataclasses.replace(decoder.config, layers=layers), rngs=nnx.Rngs(0))
     )

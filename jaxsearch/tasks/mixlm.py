@@ -171,7 +171,9 @@ class MixLMConfig(RankerConfig):
         known = {name for document in data.documents for name in document.fields}
         for name in self.text_fields:
             if name not in known:
-                raise ConfigError(f"task.text_fields has {name!r}: documents have {', '.join(sorted(known))}")
+                raise ConfigError(
+                    f"task.text_fields has {name!r}: documents have {', '.join(sorted(known))}; give several with spaces between them"
+                )
         learned = self.engagement_teachers or self.truth_weight or knows_actions(self.model.init_from)
         actions = data.actions if learned else ()
         if self.task_weights and len(self.task_weights) != len(actions):
@@ -250,7 +252,7 @@ class MixLMTask(RankerTask):
         super().__init__(config, train, data, actions)
         self._labels = {}  # the examples hold them now
         self._steps = train.steps
-        self.encoder_start = load_start(config.encoder, data)
+        self.encoder_start = load_start(config.encoder, data, "encoder")
         self._trained = trained_encoder(config.encoder.init_from, self.encoder_start)
         tokenizer = self.encoder_start.tokenizer
         self.encoder_room = check_prompt("encoder_prompt", config.encoder_prompt, "document", tokenizer)
