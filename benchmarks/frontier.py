@@ -53,7 +53,7 @@ from jaxsearch.retrieval.bm25 import document_text
 from jaxsearch.retrieval.traditional import Features
 from jaxsearch.scoring.buckets import Buckets, steps
 from jaxsearch.scoring.embedding_store import EmbeddingStore, encode_documents
-from jaxsearch.scoring.mixed import keep_fields, make_mixed_scorer, shuffled
+from jaxsearch.scoring.mixed import make_mixed_scorer, shuffled
 from jaxsearch.scoring.packing import Item
 from jaxsearch.scoring.prefill import PrefillScorer
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
@@ -218,9 +218,7 @@ class Bench:
             * ranker.contract.architecture.width
             * np.dtype(ranker.contract.architecture.dtype).itemsize
         )
-        if fields := ranker.contract.mixlm.text_fields:
-            shown = scorer.room.documents(keep_fields(documents, fields))
-            size += TEXT_BYTES * float(np.mean([len(part.ids) for part in shown]))
+        size += TEXT_BYTES * float(np.mean([len(tokens) for tokens in scorer.field_tokens]))
         read = PromptRoom(encoder.tokenizer, encoder.contract.prompts["document"]).documents(documents)
         contender = language_model(scorer, ranker, size, self.evaluation.action)
         ends = float(np.mean([part.truncated > 0 for part in read]))

@@ -109,8 +109,10 @@ def fast_compilation() -> Iterator[None]:
 class _World:
     """The patches of `small_world` and who is inside: fixtures of several scopes overlap and leave in any order."""
 
+    data: Dataset
+
     def __init__(self) -> None:
-        self.inside, self.patches, self.data = 0, ExitStack(), dataset()
+        self.inside, self.patches = 0, ExitStack()
 
     def enter(self) -> None:
         self.inside += 1

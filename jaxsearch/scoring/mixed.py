@@ -145,9 +145,12 @@ class MixedScorer(RecordScorer):
     ):
         super().__init__(scorer, tokenizer, prompt, documents, buckets=buckets)
         self.fetch = fetch
-        self._fields: list[list[int]] = [[]] * len(documents)
+        self.field_tokens: list[list[int]] = [[]] * len(documents)
+        """Of each document's fields that stay text."""
         if text_fields:
-            self._fields = [part.ids for part in self.room.documents(keep_fields(documents, text_fields))]
+            self.field_tokens = [
+                part.ids for part in self.room.documents(keep_fields(documents, text_fields))
+            ]
         self.embedded = self.as_text = 0
         """Items scored so far by embeddings, and as text."""
 
@@ -169,7 +172,7 @@ class MixedScorer(RecordScorer):
             self.as_text += 1
             return self._document_tokens[row] + pair + self.room.suffix
         self.embedded += 1
-        return EmbeddedItem(embeddings, self._fields[row] + pair + self.room.suffix)
+        return EmbeddedItem(embeddings, self.field_tokens[row] + pair + self.room.suffix)
 
 
 def make_document_embedder(encoder: Model) -> DocumentEmbedder:

@@ -117,15 +117,15 @@ def load_start(config: ModelConfig, data: Dataset, field: str = "model") -> Star
     return Start(found, architecture, decoder, action_rows)
 
 
-def abstract_start(config: ModelConfig) -> Start:
-    """Sizes as the config says, without weights or data; where no tokenizer is named, one that only counts.
+def abstract_start(config: ModelConfig, field: str = "model") -> Start:
+    """Sizes as the config says, without weights or data; where no tokenizer is named, one that only counts. `field` is as in `load_start`.
 
     Raises:
       ConfigError: the sizes would have to be read from a checkpoint.
     """
     if config.init_from:
         raise ConfigError(
-            f"model.init_from is {config.init_from!r}: without weights the sizes come from model.preset; leave init_from out"
+            f"{field}.init_from is {config.init_from!r}: without weights the sizes come from {field}.preset; leave init_from out"
         )
     sizes = preset(config.preset)
     rows = sizes.vocab_size if _least(config) else config.vocab_size

@@ -272,7 +272,7 @@ class MixLMTask(RankerTask):
         task = super().abstract(config, actions)
         settings = task.config
         task._steps, task._documents, task._trained = 0, 0, None
-        task.encoder_start = abstract_start(settings.encoder)
+        task.encoder_start = abstract_start(settings.encoder, "encoder")
         tokenizer = task.encoder_start.tokenizer
         task.encoder_room = check_prompt("encoder_prompt", settings.encoder_prompt, "document", tokenizer)
         longest_text = task.encoder_room.longest().document
