@@ -51,13 +51,13 @@ SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
     "base": 450, "retriever": 300, "relevance_teacher": 2_000, "engagement_teacher": 300, "student": 600, "sampled": 600, "summarised": 150,
-    "pruned": 150, "mixlm_1": 5_000, "mixlm": 1_200, "mixlm_5_title": 600, "mixlm_sampled": 450,
+    "pruned": 600, "mixlm_1": 5_000, "mixlm": 1_200, "mixlm_5_title": 600, "mixlm_sampled": 450,
 }  # fmt: skip
 """Of each stage: about four hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
 embedding learns slowly what several learn in a fraction of the steps, and a title that stays text saves some."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
-"""A third of a first training's rates, for what only has to get used to summaries or to fewer weights."""
+"""A third of a first training's rates, for what only has to get used to summaries."""
 FULL_RATES = ("--optimizer.learning-rate", "3e-3", "--optimizer.muon-learning-rate", "0.02")
 
 
@@ -163,7 +163,7 @@ class Chain:
             with self.demo.stage("pruning"):
                 save_pruned(start, prune_model(whole, self.data, PRUNED, **calibration), whole)
         check_pruned(start, whole, PRUNED, **calibration)
-        return self._used_to_whole("pruned", str(start), "pruned", FINE)
+        return self._used_to_whole("pruned", str(start), "pruned", FULL_RATES)
 
     @property
     def can_summarise(self) -> bool:

@@ -127,8 +127,10 @@ def ranking(model: Model, data: Dataset, options: argparse.Namespace) -> Iterato
         )
         for arm in every
     }  # fmt: skip
+    if options.methods:
+        plans = {arm: plan for arm, plan in plans.items() if arm[0] in options.methods}
     # A baseline's folder holds it as published, which comes first.
-    for method, plan in {method: plans[method, refit] for method, refit in reversed(every)}.items():
+    for method, plan in {method: plan for (method, _), plan in reversed(plans.items())}.items():
         if options.recover and Path(folders[method]).is_dir():
             check_pruned(Path(folders[method]), model, plan, options.queries, options.candidates)
     for (method, refit), plan in () if options.recover_only else plans.items():
@@ -193,7 +195,7 @@ def main() -> int:
     parser.add_argument(
         "--grades", action="store_true", help="recover on grades, not on the dense model's scores"
     )
-    parser.add_argument("--methods", nargs="*", default=[], help="recover these alone (dense: the control)")
+    parser.add_argument("--methods", nargs="*", default=[], help="prune and recover by these alone (dense: the control of recovery)")
     parser.add_argument("--split", default="", help="default: the first test split")
     parser.add_argument("--test-queries", type=int, default=200, help="0: no ranking")
     parser.add_argument("--seed", type=int, default=0)

@@ -89,10 +89,17 @@ def test_ratios_stand_over_the_fastest_full_text_path(frontier: Any) -> None:
     assert found["flop_ratio"] == pytest.approx(200)
     assert found["ndcg_kept"] == pytest.approx(0.665 / 0.7)
     assert found["clicks_kept"] == pytest.approx(0.19 / 0.2)
+    # What was timed in turns counts in place of rates from different moments, if it is over that path.
+    rows["mixlm_1"]["in_turns"] = {"over": "shared_prefix", "ratios": [80.0, 120.0, 90.0, 100.0, 95.0]}
+    found = frontier.compare(rows)["mixlm_1"]
+    assert (found["speed_ratio"], found["speed_ratio_quartiles"]) == (95.0, [90.0, 100.0])
+    rows["mixlm_1"]["in_turns"]["over"] = "full_text"
+    assert frontier.compare(rows)["mixlm_1"]["speed_ratio"] == pytest.approx(100)
     text = frontier.table(rows)
     assert "| mixlm_1 | 0.6650 |" in text
     assert text.splitlines()[2].endswith("| 0.9432 | 270 |")
     assert frontier.compare({"mixlm_1": rows["mixlm_1"]}) == {}
+    del rows["mixlm_1"]["in_turns"]
     for name in rows:
         del rows[name]["items_per_s"]
     unseen = frontier.compare(rows)["mixlm_1"]
@@ -134,7 +141,7 @@ def test_rows_are_measured_once_and_kept(
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
     options = argparse.Namespace(
         test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=list(frontier.PARTS), unseen=False,
-        seed=0, steps=1.0, untrained=False,
+        seed=0, steps=1.0, untrained=False, rounds=3,
     )  # fmt: skip
     bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, options)
     every = frontier.rows(bench)
@@ -150,7 +157,17 @@ def test_rows_are_measured_once_and_kept(
     assert full["ndcg_of_queries"] == found["shared_prefix"]["ndcg_of_queries"]
     assert full["flops_per_item"] > found["shared_prefix"]["flops_per_item"] > mixed["flops_per_item"]
     assert mixed["bytes_per_document"] == 4 * load_model(funnel.model("ranker")).contract.architecture.width
-    assert frontier.compare(found)["mixlm_1"]["speed_ratio"] > 0
+    frontier.in_turns(bench, found)
+    turns, best = mixed["in_turns"], frontier.fastest(found)
+    assert best is not None
+    assert turns["over"] == best["model"]
+    assert turns["ratios"] == [
+        a / b for a, b in zip(turns["items_per_s"], turns["over_items_per_s"], strict=True)
+    ]
+    assert frontier.compare(found)["mixlm_1"]["speed_ratio"] == np.median(turns["ratios"])
+    assert [name for name, row in found.items() if "in_turns" in row] == ["mixlm_1"]
+    frontier.in_turns(bench, found)
+    assert mixed["in_turns"] is turns  # done, and not again
     frontier.draw(tmp_path / "frontier.png", found, "small")
     assert (tmp_path / "frontier.png").is_file()
     # With embeddings of other documents the order is another one, of MixLM alone.
