@@ -29,8 +29,10 @@ $(VENV)/.dev: pyproject.toml setup.py constraints.txt
 
 venv: $(VENV)/.dev ## install the tested set of packages into .venv
 
-test: $(VENV)/.dev ## run every test; ARGS="-k name" is passed on to pytest
-	$(BIN)/python -m pytest $(ARGS)
+# A module's tests stay in one process and in their order. Most of the time is compilation, which one core does: to run tests again
+# and again, set JAX_COMPILATION_CACHE_DIR to a folder and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS to 0.
+test: $(VENV)/.dev ## run every test, as many at once as there are cores (eight at most); ARGS="-k name" is passed on to pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check .

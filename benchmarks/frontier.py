@@ -9,9 +9,9 @@ weights are random, which costs no training: speed and FLOPs do not depend on th
 
 - Quality: NDCG@10 and poor matches@10 of the first `--test-queries` test searches over BM25's and the retriever's first 30 documents, and
   click AUROC over the pages of all of them, or of the first `--click-queries`.
-- Speed: requests of growing size, each size for `--seconds`, from records to scores; documents' tokens are made before and embeddings
-  preloaded, as in serving. The figure is the highest rate whose p99 stays within `--budget-ms`. `engine_items_per_s` leaves out
-  tokenising queries and writing pair features.
+- Speed: requests of growing size from `--clients` at once, each size for `--seconds`, from records to scores; documents' tokens are made
+  before and embeddings preloaded, as in serving. The figure is the highest rate whose p99 stays within `--budget-ms`.
+  `engine_items_per_s` leaves out tokenising queries and writing pair features.
 - How many times as fast: MixLM and the fastest full-text path answer in turns, `--rounds` times for `--seconds` each, at the sizes that
   suited them; the figure is the median of the rounds' ratios. A core's speed wanders by tens of percent within minutes, and whatever is
   timed in one of its good moments would look better than it is.
@@ -31,6 +31,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -354,18 +355,29 @@ def requests(queries: Queries, lists: Lists, size: int) -> list[tuple[Queries, L
 
 
 def rate(
-    calls: Sequence[Callable[[], Any]], items: Sequence[int], seconds: float
+    calls: Sequence[Callable[[], Any]], items: Sequence[int], seconds: float, clients: int = 1
 ) -> tuple[float, float, int]:
-    """Items per second, p99 in ms and the number of calls, in so many seconds; each call has been made before."""
-    times, done = list[float](), 0
+    """Items per second, p99 in ms and the number of calls, in so many seconds; each call has been made before.
+
+    Each client waits for its answer before it asks again: their rates add up.
+    """
     end = time.perf_counter() + seconds
-    while (len(times) < MOST_REQUESTS and time.perf_counter() < end) or len(times) < 3:
-        number = len(times) % len(calls)
-        started = time.perf_counter()
-        calls[number]()
-        times.append(time.perf_counter() - started)
-        done += items[number]
-    return done / sum(times), float(np.percentile(times, 99, method="higher")) * 1e3, len(times)
+
+    def client(first: int) -> tuple[int, list[float]]:
+        times, done = list[float](), 0
+        while (len(times) < MOST_REQUESTS and time.perf_counter() < end) or len(times) < 3:
+            number = (first + len(times) * clients) % len(calls)
+            started = time.perf_counter()
+            calls[number]()
+            times.append(time.perf_counter() - started)
+            done += items[number]
+        return done, times
+
+    with ThreadPoolExecutor(clients) as pool:
+        found = list(pool.map(client, range(clients)))
+    every = [one for _, times in found for one in times]
+    p99 = float(np.percentile(every, 99, method="higher")) * 1e3
+    return sum(done / sum(times) for done, times in found), p99, len(every)
 
 
 def speed(bench: Bench, contender: Contender, row: Row) -> dict[str, Any]:
@@ -409,13 +421,14 @@ def _timed(
 ) -> dict[str, Any]:
     """Figures of requests of one size."""
     some, items = _ready(contender, some, tokens, options.seconds)
-    found, p99, calls = rate([lambda one=one: contender.score(*one) for one in some], items, options.seconds)
+    whole = [lambda one=one: contender.score(*one) for one in some]
+    found, p99, calls = rate(whole, items, options.seconds, options.clients)
     figures = {
         "items_per_s": found, "p99_ms": p99, "items_per_request": float(np.mean(items)), "requests": calls,
     }  # fmt: skip
     if contender.engine is not None:
         figures["engine_items_per_s"], figures["engine_p99_ms"], _ = rate(
-            [contender.engine(*one) for one in some], items, options.seconds
+            [contender.engine(*one) for one in some], items, options.seconds, options.clients
         )
     return figures
 
@@ -437,7 +450,9 @@ def in_turns(bench: Bench, found: dict[str, dict[str, Any]]) -> None:
                 some = requests(bench.evaluation.queries, bench.evaluation.candidates, size)
                 some, items = _ready(contender, some, known["call_tokens"], options.seconds)
                 pair.append(([lambda c=contender, one=one: c.score(*one) for one in some], items))
-            timed = [[rate(*one, options.seconds) for one in pair] for _ in range(options.rounds)]
+            timed = [
+                [rate(*one, options.seconds, options.clients) for one in pair] for _ in range(options.rounds)
+            ]
         (mine, mine_p99), (other, other_p99) = (
             ([one[side][0] for one in timed], max(one[side][1] for one in timed)) for side in (0, 1)
         )
@@ -464,7 +479,7 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
     settings = {
         "model": name, "dataset": bench.data.name, "budget_ms": options.budget_ms, "warm_tokens": bench.chain.warm,
         "test_queries": options.test_queries, "click_queries": options.click_queries, "seed": options.seed,
-        "steps": options.steps, "untrained": options.untrained,
+        "steps": options.steps, "untrained": options.untrained, "clients": options.clients,
     }  # fmt: skip
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else dict(settings)
     if differing := differences(known, settings):
@@ -602,6 +617,12 @@ def main() -> int:
     parser.add_argument("--budget-ms", type=float, default=500.0, help="p99 of a request at most")
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="of timing per size of request and of call"
+    )
+    parser.add_argument(
+        "--clients",
+        type=int,
+        default=1,
+        help="that ask at the same time, each one request after another: about the number of cores, which one request may not fill",
     )
     parser.add_argument(
         "--rounds", type=int, default=15, help="in which MixLM and full text are timed in turns"

@@ -195,7 +195,12 @@ def main() -> int:
     parser.add_argument(
         "--grades", action="store_true", help="recover on grades, not on the dense model's scores"
     )
-    parser.add_argument("--methods", nargs="*", default=[], help="prune and recover by these alone (dense: the control of recovery)")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=[],
+        help="prune and recover by these alone (dense: the control of recovery)",
+    )
     parser.add_argument("--split", default="", help="default: the first test split")
     parser.add_argument("--test-queries", type=int, default=200, help="0: no ranking")
     parser.add_argument("--seed", type=int, default=0)

@@ -71,6 +71,15 @@ def test_rate_counts_items_and_takes_the_slowest(frontier: Any, monkeypatch: pyt
     assert (found, p99, calls) == (60 / 8, 3000.0, 4)
 
 
+def test_rates_of_clients_add_up(frontier: Any) -> None:
+    made = []
+    calls = [lambda i=i: made.append(i) for i in range(6)]
+    found, p99, number = frontier.rate(calls, [10] * 6, 0.0, 2)
+    assert sorted(made) == list(range(6))  # the first takes the even ones, at least three
+    assert number == 6
+    assert found > 0 < p99
+
+
 def test_ratios_stand_over_the_fastest_full_text_path(frontier: Any) -> None:
     def row(name: str, ndcg: list[float], clicks: float, speed: float, flops: float) -> dict[str, Any]:
         return {
@@ -141,7 +150,7 @@ def test_rows_are_measured_once_and_kept(
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
     options = argparse.Namespace(
         test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=list(frontier.PARTS), unseen=False,
-        seed=0, steps=1.0, untrained=False, rounds=3,
+        seed=0, steps=1.0, untrained=False, rounds=3, clients=2,
     )  # fmt: skip
     bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, options)
     every = frontier.rows(bench)
@@ -226,7 +235,7 @@ def test_unseen_postings_are_ranked_by_the_same_models(
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
     options = argparse.Namespace(
         test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=["quality"], unseen=True, seed=0,
-        steps=1.0, untrained=False,
+        steps=1.0, untrained=False, clients=1,
     )  # fmt: skip
     chain = SmallChain(funnel, tmp_path, demo)
     chain.data = world
