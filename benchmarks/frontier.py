@@ -482,6 +482,7 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
         "steps": options.steps, "untrained": options.untrained, "clients": options.clients,
     }  # fmt: skip
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else dict(settings)
+    known.setdefault("clients", 1)  # of a file from before there were several
     if differing := differences(known, settings):
         raise InputError(
             f"{path} was measured with {', '.join(differing)}: delete it, or give another --workdir"
@@ -531,6 +532,10 @@ def compare(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
             change = paired_bootstrap(row["ndcg_of_queries"], best["ndcg_of_queries"])
             ratios["ndcg_kept"] = row["ndcg@10"] / best["ndcg@10"]
             ratios["ndcg_difference"] = [change.mean, change.low, change.high]
+            if "cut" in found:  # the first tokens' ranker taught it
+                change = paired_bootstrap(row["ndcg_of_queries"], found["cut"]["ndcg_of_queries"])
+                ratios["ndcg_kept_of_cut"] = row["ndcg@10"] / found["cut"]["ndcg@10"]
+                ratios["ndcg_difference_from_cut"] = [change.mean, change.low, change.high]
         if row.get(AUROC) is not None and best.get(AUROC) is not None:
             ratios["clicks_kept"] = (row[AUROC] - 0.5) / (best[AUROC] - 0.5)
         result[row["model"]] = ratios

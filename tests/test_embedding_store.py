@@ -13,10 +13,11 @@ from small_models import SMALL
 
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.prompts import PromptConfig
-from jaxsearch.data.records import Document, content_hash, to_dict
+from jaxsearch.data.records import Document, Query, content_hash, to_dict
 from jaxsearch.models.contract import (
     Contract,
     ContractError,
+    Golden,
     MixLMPart,
     Model,
     load_model,
@@ -29,7 +30,12 @@ from jaxsearch.scoring.embedding_store import (
     EmbeddingStoreError,
     encode_documents,
 )
-from jaxsearch.scoring.mixed import DocumentEmbedder, make_document_embedder
+from jaxsearch.scoring.mixed import (
+    DocumentEmbedder,
+    encoder_golden_error,
+    golden_numbers,
+    make_document_embedder,
+)
 from jaxsearch.serving.main import main
 
 S, W = 6, 8
@@ -147,10 +153,66 @@ def test_an_interrupted_job_goes_on(
     assert encoded == ["p6", "p7"]
     assert (report.encoded, report.resumed) == (2, 4)
     store = EmbeddingStore.open(tmp_path)
-    assert store.meta.rows == 8
+    assert store.meta.rows == 10  # two that were claimed stay unused: whoever claimed them might still write
     for values, expected in zip(store.fetch(corpus), make_document_embedder(encoder)(corpus), strict=True):
         np.testing.assert_allclose(values, expected, atol=1e-6)
     assert not (tmp_path / "building").exists() or not list((tmp_path / "building").iterdir())
+
+
+def test_of_two_jobs_at_once_one_is_refused(
+    encoder: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the second one comes, no document ever gets another one's embeddings."""
+    corpus, real = documents()[:4], DocumentEmbedder.__call__
+    expected = make_document_embedder(encoder)(corpus)
+
+    def run(place: Path, at: int, meanwhile: Any) -> None:
+        calls = []
+
+        def call(self: DocumentEmbedder, some: list[Document]) -> list:
+            calls.append(some)
+            if len(calls) == at and some != [corpus[0]]:
+                meanwhile()
+            return real(self, some)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DocumentEmbedder, "__call__", call)
+            with pytest.raises(EmbeddingStoreError, match=r"another job writes to .*: let it end, then run"):
+                encode_documents(encoder, corpus, place, part=2)
+
+    for at in (1, 2):  # before anything of the first is there, and after its first part
+        place = tmp_path / str(at)
+        run(place, at, lambda place=place: encode_documents(encoder, corpus[::-1], place, part=3))
+        store = EmbeddingStore.open(place)
+        store.require(corpus)
+        for values, wanted in zip(store.fetch(corpus), expected, strict=True):
+            np.testing.assert_allclose(values, wanted, atol=1e-6)
+        assert encode_documents(encoder, corpus, place).encoded == 0
+
+    def claim() -> None:
+        (tmp_path / "third/building").mkdir(exist_ok=True)
+        (tmp_path / "third/building/000000.claim").write_text("somebody 2")
+
+    run(tmp_path / "third", 1, claim)
+    # That one never came back: its rows are left alone.
+    encode_documents(encoder, corpus, tmp_path / "third")
+    store = EmbeddingStore.open(tmp_path / "third")
+    assert store.meta.rows == 6
+    for values, wanted in zip(store.fetch(corpus), expected, strict=True):
+        np.testing.assert_allclose(values, wanted, atol=1e-6)
+
+
+def test_an_encoder_that_is_computed_wrongly_here_fills_no_store(encoder: Model, tmp_path: Path) -> None:
+    document = documents()[0]
+    numbers = golden_numbers(make_document_embedder(encoder)([document]))[0]
+    assert encoder_golden_error(encoder) == 0.0  # it has none
+    for factor, error in ((1.0, 0.0), (1.01, 0.01 / 1.01)):
+        golden = (Golden(Query("q", "x"), document, tuple(factor * x for x in numbers)),)
+        known = dataclasses.replace(encoder, contract=dataclasses.replace(encoder.contract, golden=golden))
+        assert encoder_golden_error(known) == pytest.approx(error, abs=1e-5)
+    with pytest.raises(EmbeddingStoreError, match=r"misses its golden embeddings by 0\.0099"):
+        encode_documents(known, documents(), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
 
 
 def test_stores_that_do_not_fit_are_refused_by_name(encoder: Model, tmp_path: Path, monkeypatch: Any) -> None:

@@ -424,6 +424,7 @@ def test_stage_three_starts_from_stage_two_and_a_retriever(exported: Path, tmp_p
         labels = later.examples[0].targets["labels"][:, 0]  # grades 4, 3, 0, 0 and one that nobody graded
         graded = labels[np.isfinite(labels)]
         np.testing.assert_allclose(np.sort(graded), np.log([1 / 49, 1 / 49, 3, 49]), rtol=1e-4)
+        assert np.isnan(later._label(later.examples[0], {})).all()  # a query in a store that nobody judged
         for options, message in (
             (["--task.tokens", "0"], "task.tokens is 0: use at least 1"),
             (["--task.teachers", "online"], "MixLM learns from stores"),

@@ -11,6 +11,7 @@ import pytest
 from small_market import STUDENT, dataset, documents, filled, query, small_tokenizer, small_world
 from small_models import SMALL, small_bundle
 
+from jaxsearch.compression import extractive
 from jaxsearch.compression.extractive import Extractive, Truncation, plain_text, split_units
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.prompts import PromptConfig, PromptRoom
@@ -45,6 +46,7 @@ from jaxsearch.serving.bundle import (
     golden_error,
     make_scorer,
 )
+from jaxsearch.serving.first_stage import FirstStage
 from jaxsearch.serving.main import main
 
 BUDGET = 12
@@ -101,6 +103,15 @@ def test_extractive_keeps_whole_units_within_the_budget(budget: int) -> None:
             assert any(unit.startswith(summary) for unit in units)
     if budget == 40:
         assert summaries[0] == "; ".join(split_units(documents()[0]))  # all of it
+
+
+def test_long_documents_are_summarised_from_their_first_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extractive, "_UNITS", 3)
+    corpus = [*documents(), described()]
+    cut = Document("cut", {"text": ", ".join(split_units(described())[:3])})
+    tokenizer = small_tokenizer()
+    whole, short = Extractive(tokenizer, 40, corpus)([described(), cut])
+    assert whole == short == "; ".join(split_units(cut))
 
 
 def test_extractive_prefers_what_is_the_documents_own() -> None:
@@ -462,6 +473,14 @@ def test_labels_of_the_ranker_need_its_summaries(tmp_path: Path, capsys: pytest.
         assert main([*command, "--summaries", str(tmp_path / "summaries")]) == 0
         meta, found = read_scores(tmp_path / "scores", data.fingerprint)
         assert meta.dataset == "small+aaaaaaaaaaaa"
+        # What the first stages find is found in the full text.
+        seen = []
+        real = FirstStage.pairs
+        patch.setattr(FirstStage, "pairs", lambda self, data: seen.append(data) or real(self, data))
+        lists = ["--retriever", str(tmp_path / "retriever"), "--depth", "2"]
+        command[-1] = str(tmp_path / "lists")
+        assert main([*command, "--summaries", str(tmp_path / "summaries"), *lists]) == 0
+        assert seen[0].documents == documents()
         pairs = data.pairs[0]
         shown = show_documents(documents(), tmp_path / "summaries").documents
         expected = make_scorer(ranker, shown)([data.queries["train"][0]], [pairs.documents])[0]

@@ -1,5 +1,6 @@
 """Teachers of the ranker: stored, in the student's step, or ahead of it, they say the same. Masks and label forms."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from scipy.special import expit, logit, softmax
-from small_market import Funnel
+from small_market import Funnel, documents
+from test_summaries import Counting
 from test_tasks import answers, build, configured, rngs, write_store
 
 from jaxsearch.config import ConfigError
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.pipeline import Pipeline
 from jaxsearch.data.records import ACTIONS
-from jaxsearch.models.contract import load_model
+from jaxsearch.data.summaries import FIELD, summarise_documents
+from jaxsearch.models.contract import load_model, save_model
 from jaxsearch.scoring.records import JUDGE_LABELS, expected_grade, graded_log_odds
 from jaxsearch.serving.bundle import golden_error
 from jaxsearch.tasks.engagement_teacher import mask_rare
@@ -261,7 +264,7 @@ def test_ranking_losses(world: Dataset, kind: str) -> None:
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
-def test_teachers_that_cannot_teach(funnel: Funnel, world: Dataset) -> None:
+def test_teachers_that_cannot_teach(funnel: Funnel, world: Dataset, tmp_path: Path) -> None:
     retriever = str(funnel.model("retriever"))
     with pytest.raises(ConfigError, match="is a bi_encoder: a teacher is a judge or a ranker"):
         build("ranker", *taught(funnel, "online", "--task.relevance-teachers", retriever))
@@ -270,6 +273,17 @@ def test_teachers_that_cannot_teach(funnel: Funnel, world: Dataset) -> None:
         build("ranker", *taught(funnel, "async", "--task.engagement-teachers", judge))
     with pytest.raises(ConfigError, match=r"task\.teacher_devices is 5: with mesh \(4, 1, 1\)"):
         build("ranker", *taught(funnel, "async", "--task.teacher-devices", "5", "--mesh.data", "4"))
+    ranker = load_model(funnel.model("ranker"))
+    taught_by = dataclasses.replace(ranker.contract, summariser="a" * 64)
+    save_model(tmp_path / "short", ranker.module, taught_by, ranker.tokenizer)
+    short = taught(funnel, "online", "--task.relevance-teachers", str(tmp_path / "short"))
+    with pytest.raises(
+        ConfigError, match=r"short reads the summaries of summariser aaaaaaaaaaaa, task\.summaries is empty"
+    ):
+        build("ranker", *short)
+    summarise_documents(Counting(), documents(), tmp_path / "summaries")
+    reading = build("ranker", *short, "--task.summaries", str(tmp_path / "summaries"))
+    assert reading._live[0]._data.documents[0].fields == {FIELD: Counting()(documents()[:1])[0].strip()}
     assert teacher_devices(3, configured("ranker")) == jax.local_devices()[-3:]
 
 

@@ -21,6 +21,8 @@ _ENTRY = re.compile(r"\s*[,;]\s*")
 _WORD = r"(?u)\b\w+\b"
 _POSITION = 0.5
 """Weight of standing early, beside that of being about what the document is about."""
+_UNITS = 2_000
+"""Of a document that are looked at, from its start: time grows with their square."""
 SEPARATOR = "; "
 """Between fields, and between the units of a summary."""
 
@@ -127,20 +129,22 @@ class Extractive:
     def _summary(self, units: list[str]) -> str:
         if not units:
             return ""
+        units = units[:_UNITS]
         vectors = self._vectors.transform(units)  # [U, words], rows of length 1 or 0
         centroid = np.asarray(self._vectors.transform([" ".join(units)]).todense()).ravel()
         relevance = vectors @ centroid
         relevance = relevance + _POSITION * (1 - np.arange(len(units)) / len(units)) * relevance.max()
-        alike = np.asarray((vectors @ vectors.T).todense())
+        novelty_lost = np.zeros(len(units))  # the greatest likeness to a chosen one
         costs = np.array([len(ids) for ids in self._tokenizer.encode(units)])
         chosen: list[int] = []
         left = [i for i in range(len(units)) if costs[i] <= self._tokens]
         while left:
-            novelty = alike[left][:, chosen].max(axis=1) if chosen else np.zeros(len(left))
-            gain = self._balance * relevance[left] - (1 - self._balance) * novelty
+            gain = self._balance * relevance[left] - (1 - self._balance) * novelty_lost[left]
             best = left.pop(int(np.argmax(gain / np.sqrt(np.maximum(costs[left], 1)))))
             if self._count(self._join(units, [*chosen, best])) <= self._tokens:
                 chosen.append(best)
+                alike = np.asarray((vectors @ vectors[best].T).todense()).ravel()
+                novelty_lost = np.maximum(novelty_lost, alike)
         if not chosen:
             best = int(np.argmax(relevance))
             return self._tokenizer.cut(units[best], self._tokens)

@@ -5,9 +5,10 @@ A store lies on local disk or in a bucket (`gs://...`, `s3://...`), through Tens
 - `embeddings/`: one array [rows, S, W], sharded Zarr, to which rows are only ever appended;
 - `index-N.npz`: which row belongs to which document, and to which text of it;
 - `store.json`: whose embeddings these are, and which index holds. It is replaced last: a reader sees the old documents or the new ones;
-- `building/`: what an unfinished job has done, so that the next one goes on from there.
+- `building/`: what an unfinished job has done, so that the next one goes on from there, and which rows it claimed before it wrote them:
+  two jobs at once never write the same rows, and all but one of them fail.
 
-Rows of documents that changed or went are not used again; a store built anew has none.
+Rows of documents that changed or went, or of a part that was interrupted, are not used again; a store built anew has none.
 
 Axes: n documents, S embeddings per document, W width.
 """
@@ -16,6 +17,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +33,7 @@ from jaxsearch.data.records import Document, content_hash, unique_ids
 from jaxsearch.data.store_kinds import other_kind
 from jaxsearch.errors import InputError
 from jaxsearch.models.contract import ContractError, MixLMPart, Model
-from jaxsearch.scoring.mixed import Fetch, make_document_embedder
+from jaxsearch.scoring.mixed import Fetch, encoder_golden_error, make_document_embedder
 
 FORMAT = 1
 META, ARRAY, BUILDING = "store.json", "embeddings/", "building/"
@@ -192,7 +194,8 @@ def encode_documents(
 ) -> EncodeReport:
     """Bring a store up to date with a corpus: only new and changed documents are encoded, and afterwards it holds these documents alone.
 
-    Readers see what was there before until all is done. A run that is interrupted is continued by the next one. One job at a time.
+    Readers see what was there before until all is done. A run that is interrupted is continued by the next one. One job at a time: of two
+    that overlap at most one ends well, the other one is refused when it meets what the first has claimed or published.
 
     Args:
       encoder: model of kind "encoder".
@@ -204,7 +207,8 @@ def encode_documents(
     Raises:
       ContractError: the model encodes no documents.
       RecordError: a bad document, or two with one id.
-      EmbeddingStoreError: there is no document, the place holds something else, or an embedding is not finite.
+      EmbeddingStoreError: there is no document, the place holds something else, an embedding is not finite, the encoder does not reproduce
+        its golden embeddings here, or another job is at work.
     """
     embed, mixlm = make_document_embedder(encoder), encoder.contract.mixlm
     if mixlm is None:
@@ -214,6 +218,12 @@ def encode_documents(
     for document in documents:
         document.validate()
     unique_ids(documents)
+    deviation = encoder_golden_error(encoder)
+    if not deviation <= encoder.contract.tolerance:
+        raise EmbeddingStoreError(
+            f"the encoder misses its golden embeddings by {deviation:.3g} of their length (allowed {encoder.contract.tolerance}): "
+            "this machine or backend computes it wrongly"
+        )
     kv, where = _kvstore(path), str(path)
     fresh = EmbeddingMeta(
         encoder.hash, mixlm.tokens, mixlm.width, encoder.contract.architecture.compute_dtype
@@ -230,8 +240,10 @@ def encode_documents(
     todo = [i for i, d in enumerate(documents) if d.id not in known or known[d.id].content != contents[i]]
     if progress is not None:
         progress(len(documents) - len(todo))
-    row = max([meta.rows, *(entry.row + 1 for entry in resumed.values())])
-    number = max(journal, default=-1) + 1
+    claims, owner = _read_claims(kv), uuid.uuid4().hex
+    row = max([meta.rows, *(entry.row + 1 for entry in resumed.values()), *claims.values()])
+    number = max([-1, *journal, *claims]) + 1
+    mine: list[int] = []
     array = _open_array(kv, where, meta)
     for start in range(0, len(todo), part):
         chosen = todo[start : start + part]
@@ -243,6 +255,10 @@ def encode_documents(
                     f"the embedding of document {documents[i].id!r} is not finite or all 0: look at the encoder's weights"
                 )
             block[place, : len(values)] = values
+        _claim(kv, where, number, owner, row + len(chosen))
+        if _read_meta(kv, where) != meta:  # published since this job began: rows it counts on may be used
+            raise EmbeddingStoreError(_OTHER_JOB.format(where=where))
+        mine.append(number)
         if array.shape[0] < row + len(chosen):
             array = array.resize(exclusive_max=[row + len(chosen), meta.tokens, meta.width]).result()
         array[row : row + len(chosen)].write(block).result()
@@ -256,6 +272,8 @@ def encode_documents(
         if progress is not None:
             progress(len(chosen))
     index = {document.id: known[document.id] for document in documents}
+    if any(_claimed_by(kv, one) != owner for one in mine):
+        raise EmbeddingStoreError(_OTHER_JOB.format(where=where))
     if todo or journal or set(index) != before:
         _publish(kv, meta, index, row)
     used = sum(documents[i].id in resumed for i in set(range(len(documents))) - set(todo))
@@ -376,11 +394,47 @@ def _read_index(kv: Any, where: str, meta: EmbeddingMeta) -> dict[str, Entry]:
     return _unpack(data, f"{where}/{meta.index}", meta)
 
 
+_OTHER_JOB = (
+    "another job writes to {where}: let it end, then run this one again, which encodes what is missing"
+)
+
+
+def _building(kv: Any, end: str) -> list[str]:
+    """Keys of what is under way, those that end so."""
+    names = sorted(name.decode() for name in kv.list().result() if name.startswith(BUILDING.encode()))
+    return [name for name in names if name.endswith(end)]
+
+
+def _read_claims(kv: Any) -> dict[int, int]:
+    """The end of the rows that each part has claimed, of jobs that were interrupted or are at work."""
+    found = {}
+    for name in _building(kv, ".claim"):
+        number, data = name[len(BUILDING) : -len(".claim")], _read(kv, name)
+        if data is not None and number.isdigit():
+            found[int(number)] = int(data.decode().partition(" ")[2])
+    return found
+
+
+def _claim(kv: Any, where: str, number: int, owner: str, end: int) -> None:
+    """Make a part, and the rows up to `end`, this job's own, before anything is written to them; one job alone succeeds."""
+    key = f"{BUILDING}{number:06d}.claim"
+    missing = kv.read(key).result()
+    generation = None if missing.state == "value" else missing.stamp.generation
+    text = f"{owner} {end}".encode()
+    if generation is None or not kv.write(key, text, if_equal=generation).result().generation:
+        raise EmbeddingStoreError(_OTHER_JOB.format(where=where))
+
+
+def _claimed_by(kv: Any, number: int) -> str:
+    """The owner of a part; "" where another job has published since and tidied up."""
+    data = _read(kv, f"{BUILDING}{number:06d}.claim")
+    return "" if data is None else data.decode().partition(" ")[0]
+
+
 def _read_journal(kv: Any, where: str) -> dict[int, dict[str, Entry]]:
     """What an unfinished job has encoded, part by part."""
-    names = sorted(name.decode() for name in kv.list().result() if name.startswith(BUILDING.encode()))
     found = {}
-    for name in names:
+    for name in _building(kv, ".npz"):
         data = _read(kv, name)
         number = name[len(BUILDING) : -len(".npz")]
         if data is not None and number.isdigit():

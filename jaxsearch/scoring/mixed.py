@@ -230,6 +230,21 @@ def check_pair(ranker: Model, encoder: Model) -> None:
         )
 
 
+def encoder_golden_error(encoder: Model) -> float:
+    """Largest deviation from a golden embedding, as a share of that embedding's length (its first numbers alone); 0 where there are none.
+
+    Raises:
+      ContractError: another kind of model.
+    """
+    golden = encoder.contract.golden
+    if not golden:
+        return 0.0
+    found = np.array(golden_numbers(make_document_embedder(encoder)([g.document for g in golden])))
+    kept = np.array([g.scores for g in golden])
+    lengths = np.maximum(np.linalg.norm(kept, axis=1), np.finfo(np.float32).tiny)
+    return float((np.linalg.norm(found - kept, axis=1) / lengths).max())
+
+
 def mixed_golden_error(ranker: Model, encoder: Model) -> float:
     """Largest deviation from the golden scores that the pair gave when it was exported; 0 where there are none.
 

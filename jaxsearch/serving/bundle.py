@@ -25,7 +25,7 @@ from jaxsearch.retrieval.common import new_folder
 from jaxsearch.retrieval.exhaustive import filter_mask
 from jaxsearch.retrieval.index import ScannIndex
 from jaxsearch.scoring.calibration import Calibrator, load_calibrators, objective_log_odds, probabilities
-from jaxsearch.scoring.mixed import golden_numbers, make_document_embedder
+from jaxsearch.scoring.mixed import encoder_golden_error
 from jaxsearch.scoring.records import Embedder, RecordScorer
 from jaxsearch.scoring.summaries import make_summary_writer
 from jaxsearch.scoring.utility import UtilityConfig, order, utility
@@ -118,7 +118,7 @@ def make_scorer(ranker: Model, documents: Sequence[Document]) -> RecordScorer:
 
 
 def golden_error(model: Model) -> float:
-    """Largest deviation from the contract's golden scores; 0 where it has none, NaN where a score is no number."""
+    """Largest deviation from the contract's golden scores (of an encoder a share); 0 where it has none, NaN where a score is no number."""
     golden = model.contract.golden
     if not golden:
         return 0.0
@@ -129,7 +129,7 @@ def golden_error(model: Model) -> float:
     elif model.contract.kind == "summariser":
         found = make_summary_writer(model).first_log_probs(documents)
     elif isinstance(model.module, DocumentEncoder):
-        found = np.array(golden_numbers(make_document_embedder(model)(documents)))
+        return encoder_golden_error(model)
     else:
         rows = [np.array([i], np.int32) for i in range(len(golden))]
         found = np.concatenate(make_scorer(model, documents)(queries, rows))

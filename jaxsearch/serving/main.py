@@ -289,8 +289,8 @@ def _label(options: argparse.Namespace) -> None:
     from jaxsearch.training.distributed import check_agreement, find_processes, start, wait_for_others
 
     start(find_processes())
-    data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
-    data = show_data(data, options.summaries, model.contract.summariser)
+    whole, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
+    data = show_data(whole, options.summaries, model.contract.summariser)
     require_agreement(options.model, model, data, gate_of(model, options.minimum_kappa))
     if options.depth is not None and not options.retriever:
         raise InputError(f"--depth is {options.depth}: it needs --retriever")
@@ -305,7 +305,7 @@ def _label(options: argparse.Namespace) -> None:
         "source": source,
     }
     check_agreement(settings, data.fingerprint)
-    pairs = first.pairs(data) if first else ()
+    pairs = first.pairs(whole) if first else ()  # retrieval reads the full text
     report = label(model, data, options.output, per_query=options.per_query, pairs=pairs, source=source)
     rate = report.pairs / max(report.seconds, 1e-9)
     who = f" by process {jax.process_index()} of {jax.process_count()}" if jax.process_count() > 1 else ""

@@ -306,7 +306,8 @@ class MixLMTask(RankerTask):
         if self.config.labels:
             nothing = np.full(1, np.nan, np.float32)
             return np.array([self._labels.get((example.query, row), nothing) for row in rows], np.float32)
-        known = dict(zip(graded[example.query].documents.tolist(), graded[example.query].grades, strict=True))
+        judged = graded.get(example.query)  # a store may hold queries that nobody judged
+        known = {} if judged is None else dict(zip(judged.documents.tolist(), judged.grades, strict=True))
         grades = np.array([known.get(row, -1) for row in rows], np.float32)
         share = np.clip(grades / 4, 1 - CERTAIN, CERTAIN)
         return np.where(grades >= 0, np.log(share / (1 - share)), np.nan)[:, None].astype(np.float32)

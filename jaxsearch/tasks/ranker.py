@@ -149,7 +149,10 @@ class RankerTask(CrossEncoderTask):
                 for objective, folder in folders
             ]
         else:
-            self._live = [LiveTeacher(folder, objective, data, actions) for objective, folder in folders]
+            self._live = [
+                LiveTeacher(folder, objective, data, actions, config.summaries)
+                for objective, folder in folders
+            ]
         self.prefetch = config.queue
         super().__init__(config, train, data, actions)
         self._stores = []  # the examples hold them now

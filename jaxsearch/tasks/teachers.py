@@ -19,6 +19,7 @@ from jaxsearch.config import ConfigError
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.data.prompts import PromptRoom
 from jaxsearch.data.score_store import read_scores
+from jaxsearch.data.summaries import show_data
 from jaxsearch.models.contract import load_model
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.scoring.packing import PackedItems, pack_items, packed_shape
@@ -95,17 +96,27 @@ class LiveTeacher:
       objective: "relevance" or "engagement".
       data: whose pairs.
       actions: of the student.
+      summaries: store of summaries, for a teacher that reads them.
 
     Raises:
-      ConfigError: a model that cannot teach this objective.
+      ConfigError: a model that cannot teach this objective, or that reads summaries where no store of them is given.
+      SummaryStoreError: that store is of another summariser.
       ContractError: no model there.
     """
 
-    def __init__(self, folder: str, objective: str, data: Dataset, actions: Sequence[str]):
+    def __init__(
+        self, folder: str, objective: str, data: Dataset, actions: Sequence[str], summaries: str = ""
+    ):
         model = load_model(folder)
         contract = model.contract
         if not isinstance(model.module, Scorer) or not contract.labels:
             raise ConfigError(f"{folder} is a {contract.kind}: a teacher is a judge or a ranker")
+        if contract.summariser and not summaries:
+            raise ConfigError(
+                f"{folder} reads the summaries of summariser {contract.summariser[:12]}, task.summaries is empty: name a store of them"
+            )
+        if contract.summariser:
+            data = show_data(data, summaries, contract.summariser)
         self.module, self._objective, self._kind = model.module, objective, contract.kind
         if objective == "engagement":
             columns = (*contract.labels, *contract.actions)
