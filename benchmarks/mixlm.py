@@ -53,14 +53,13 @@ ARMS: dict[str, tuple[str, ...]] = {
     "no_distillation": ("--task.distill-weight", "0"),
     "labels_alone": ("--task.align-weight", "0", "--task.distill-weight", "0"),
     "one_phase": ("--task.curriculum", "0"),
-    "no_stage_1": ("--task.model.init-from", "FUNNEL/base_student/model"),
+    "from_base": ("--task.model.init-from", "FUNNEL/base_student/model"),
 }
-"""What is changed. Without stage I the ranker starts from the language model that has not learned from the judge."""
+"""What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank."""
 PAPER = {
     "full": "98.0% of full text", "long": "98.0% of full text",
     "tokens_5": "+.0017", "tokens_10": "+.0044", "tokens_20": "+.0111", "tokens_50": "+.0198",
     "no_alignment": "-.0017", "no_distillation": "-.0094", "labels_alone": "-.0108", "one_phase": "-.0020",
-    "no_stage_1": "-.0185",
 }  # fmt: skip
 """Published change of NDCG@10 by each; of alignment and distillation from what both, and each alone, add to the labels."""
 BARS = {
@@ -269,7 +268,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         changes = [line["ndcg@10"] - full[line["seed"]] for line in mine if line["seed"] in full]
         change = "-" if arm == "full" or not changes else f"{np.mean(changes):+.4f}"
         unseen = [average("unseen", key) for key in ("ndcg@10", "full_text", "retrieval", *BARS)]
-        cells = [arm, str(len(mine)), average("ndcg@10"), average("kept"), change, PAPER[arm], average(AUROC)]
+        cells = [arm, str(len(mine)), average("ndcg@10"), average("kept"), change, PAPER.get(arm, "-"), average(AUROC)]
         rows.append("| " + " | ".join([*cells, average("shuffled"), average("chance"), *unseen]) + " |")
     return "\n".join(rows) + "\n"
 
@@ -324,7 +323,10 @@ def main() -> int:
     options.workdir.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((options.workdir / "compiled").resolve()))
     bench = Bench(options.funnel, options.workdir, options.steps, options.test_queries)
-    common = {"dataset": bench.data.name, "steps": options.steps, "test_queries": options.test_queries}
+    common = {
+        "dataset": bench.data.name, "steps": options.steps, "test_queries": options.test_queries,
+        "ranker": load_model(options.funnel / "ranker/model").hash[:12],
+    }  # fmt: skip
     for arm in options.arms:
         for seed in options.curve_seeds if arm.startswith("tokens") else options.seeds:
             known = [
