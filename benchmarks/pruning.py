@@ -210,6 +210,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     model = load_model(options.model)
+    if model.contract.summariser:
+        raise InputError(f"--model is {options.model}, which reads summaries: give a ranker of full text")
     data = open_data(DataConfig(options.dataset, options.data_dir, max_queries=options.max_queries))
     common = {
         "command": " ".join(["python", *sys.argv]),

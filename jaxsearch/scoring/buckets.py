@@ -22,6 +22,8 @@ from jaxsearch.scoring.packing import assign_rows
 
 Lengths = Sequence[int]
 _SAMPLE = 32
+_CALL = 3e8
+"""FLOPs in the time that any call takes on a CPU, however small (about 1 ms)."""
 
 
 class Shape(NamedTuple):
@@ -223,14 +225,15 @@ class Cost:
         # Measured on a CPU, the softmax of one score takes the time of some 400 FLOPs of matmul.
         return c.layers * (linear + keys * c.heads * (4 * c.head_dim + 400))
 
-    def query(self, shape: Shape) -> float:
-        """One query of a call: its prefix, its rows, and its share of what any call costs (about 1 ms)."""
+    def tokens_of_query(self, shape: Shape) -> float:
+        """One query of a call: its prefix and its rows."""
         rows = shape.rows * shape.row_length * self.token(shape.prefix + shape.row_length)
-        return (
-            self.prefix(shape.prefix)
-            + rows
-            + 3e8 * min(1, (shape.prefix + shape.rows * shape.row_length) / self.tokens)
-        )
+        return self.prefix(shape.prefix) + rows
+
+    def query(self, shape: Shape) -> float:
+        """One query of a call, and its share of what a call costs that is full."""
+        share = min(1, (shape.prefix + shape.rows * shape.row_length) / self.tokens)
+        return self.tokens_of_query(shape) + _CALL * share
 
 
 def plan(
@@ -452,7 +455,8 @@ def _queries(shape: Shape, count: int, buckets: Buckets, cost: Cost, compiled: C
 
     def total(queries: int) -> float:
         new = shape._replace(queries=queries) not in compiled
-        return math.ceil(count / queries) * queries * cost.query(shape) + new * buckets.compile_flops
+        call = queries * cost.tokens_of_query(shape) + _CALL
+        return math.ceil(count / queries) * call + new * buckets.compile_flops
 
     return min(reversed(buckets.queries(shape)), key=total)
 
