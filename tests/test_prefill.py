@@ -17,6 +17,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.models import attention as attention_module
 from jaxsearch.models.attention import Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig
+from jaxsearch.models.presets import preset
 from jaxsearch.scoring import buckets as buckets_module
 from jaxsearch.scoring.buckets import Buckets, Shape, plan, steps
 from jaxsearch.scoring.packing import EmbeddedItem, PackedItems, pack_items
@@ -550,6 +551,15 @@ def test_a_plan_weighs_padding_against_compilation():
     many = plan([10, 50, 200], lists, buckets=Buckets(compile_flops=0), config=config)
     assert len({call.shape for call in few}) == 1
     assert len({call.shape for call in many}) > 1
+
+
+def test_short_lists_are_put_together_since_every_call_costs_something():
+    """Two queries a call would pad nothing of 34, in 17 calls; three calls of twelve pad two."""
+    config = preset("tiny_student", vocab_size=4096)
+    buckets = Buckets(prefix=(10,), rows=(8,), row_length=(25,), compile_flops=0)
+    calls = plan([10] * 34, [[25] * 8] * 34, buckets=buckets, config=config)
+    assert [(call.shape.queries, len(call.units)) for call in calls] == [(12, 12), (12, 12), (12, 10)]
+    assert len(plan([10] * 2, [[25] * 8] * 2, buckets=buckets, config=config)) == 1
 
 
 def test_bad_inputs_are_named():
