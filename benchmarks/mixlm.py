@@ -268,7 +268,15 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         changes = [line["ndcg@10"] - full[line["seed"]] for line in mine if line["seed"] in full]
         change = "-" if arm == "full" or not changes else f"{np.mean(changes):+.4f}"
         unseen = [average("unseen", key) for key in ("ndcg@10", "full_text", "retrieval", *BARS)]
-        cells = [arm, str(len(mine)), average("ndcg@10"), average("kept"), change, PAPER.get(arm, "-"), average(AUROC)]
+        cells = [
+            arm,
+            str(len(mine)),
+            average("ndcg@10"),
+            average("kept"),
+            change,
+            PAPER.get(arm, "-"),
+            average(AUROC),
+        ]
         rows.append("| " + " | ".join([*cells, average("shuffled"), average("chance"), *unseen]) + " |")
     return "\n".join(rows) + "\n"
 
