@@ -191,7 +191,7 @@ def test_of_two_jobs_at_once_one_is_refused(
 
     def claim() -> None:
         (tmp_path / "third/building").mkdir(exist_ok=True)
-        (tmp_path / "third/building/000000.claim").write_text("somebody 2")
+        (tmp_path / "third/building/000000.claim").write_text("2")
 
     run(tmp_path / "third", 1, claim)
     # That one never came back: its rows are left alone.
@@ -200,6 +200,10 @@ def test_of_two_jobs_at_once_one_is_refused(
     assert store.meta.rows == 6
     for values, wanted in zip(store.fetch(corpus), expected, strict=True):
         np.testing.assert_allclose(values, wanted, atol=1e-6)
+    (tmp_path / "third/building").mkdir(exist_ok=True)
+    (tmp_path / "third/building/000007.claim").write_text("somebody")
+    with pytest.raises(EmbeddingStoreError, match=r"000007\.claim is damaged: delete the store"):
+        encode_documents(encoder, documents(), tmp_path / "third")
 
 
 def test_an_encoder_that_is_computed_wrongly_here_fills_no_store(encoder: Model, tmp_path: Path) -> None:

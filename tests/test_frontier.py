@@ -104,6 +104,11 @@ def test_ratios_stand_over_the_fastest_full_text_path(frontier: Any) -> None:
     assert (found["speed_ratio"], found["speed_ratio_quartiles"]) == (95.0, [90.0, 100.0])
     rows["mixlm_1"]["in_turns"]["over"] = "full_text"
     assert frontier.compare(rows)["mixlm_1"]["speed_ratio"] == pytest.approx(100)
+    assert "ndcg_kept_of_cut" not in found
+    taught = row("cut", [0.8, 0.75], 0.7, 70.0, 20.0)
+    found = frontier.compare(rows | {"cut": taught})["mixlm_1"]
+    assert found["ndcg_kept_of_cut"] == pytest.approx(0.665 / 0.775)
+    assert found["ndcg_difference_from_cut"][0] == pytest.approx(-0.11)
     text = frontier.table(rows)
     assert "| mixlm_1 | 0.6650 |" in text
     assert text.splitlines()[2].endswith("| 0.9432 | 270 |")

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -240,10 +239,9 @@ def encode_documents(
     todo = [i for i, d in enumerate(documents) if d.id not in known or known[d.id].content != contents[i]]
     if progress is not None:
         progress(len(documents) - len(todo))
-    claims, owner = _read_claims(kv), uuid.uuid4().hex
+    claims = _read_claims(kv, where)
     row = max([meta.rows, *(entry.row + 1 for entry in resumed.values()), *claims.values()])
     number = max([-1, *journal, *claims]) + 1
-    mine: list[int] = []
     array = _open_array(kv, where, meta)
     for start in range(0, len(todo), part):
         chosen = todo[start : start + part]
@@ -255,10 +253,8 @@ def encode_documents(
                     f"the embedding of document {documents[i].id!r} is not finite or all 0: look at the encoder's weights"
                 )
             block[place, : len(values)] = values
-        _claim(kv, where, number, owner, row + len(chosen))
-        if _read_meta(kv, where) != meta:  # published since this job began: rows it counts on may be used
-            raise EmbeddingStoreError(_OTHER_JOB.format(where=where))
-        mine.append(number)
+        _claim(kv, where, number, row + len(chosen))
+        _refuse_other_state(kv, where, meta)
         if array.shape[0] < row + len(chosen):
             array = array.resize(exclusive_max=[row + len(chosen), meta.tokens, meta.width]).result()
         array[row : row + len(chosen)].write(block).result()
@@ -272,8 +268,7 @@ def encode_documents(
         if progress is not None:
             progress(len(chosen))
     index = {document.id: known[document.id] for document in documents}
-    if any(_claimed_by(kv, one) != owner for one in mine):
-        raise EmbeddingStoreError(_OTHER_JOB.format(where=where))
+    _refuse_other_state(kv, where, meta)
     if todo or journal or set(index) != before:
         _publish(kv, meta, index, row)
     used = sum(documents[i].id in resumed for i in set(range(len(documents))) - set(todo))
@@ -405,30 +400,34 @@ def _building(kv: Any, end: str) -> list[str]:
     return [name for name in names if name.endswith(end)]
 
 
-def _read_claims(kv: Any) -> dict[int, int]:
+def _read_claims(kv: Any, where: str) -> dict[int, int]:
     """The end of the rows that each part has claimed, of jobs that were interrupted or are at work."""
     found = {}
     for name in _building(kv, ".claim"):
-        number, data = name[len(BUILDING) : -len(".claim")], _read(kv, name)
+        data = _read(kv, name)
+        number = name[len(BUILDING) : -len(".claim")]
         if data is not None and number.isdigit():
-            found[int(number)] = int(data.decode().partition(" ")[2])
+            if not data.isdigit():
+                raise EmbeddingStoreError(f"{where}/{name} is damaged: delete the store and build it anew")
+            found[int(number)] = int(data)
     return found
 
 
-def _claim(kv: Any, where: str, number: int, owner: str, end: int) -> None:
+def _claim(kv: Any, where: str, number: int, end: int) -> None:
     """Make a part, and the rows up to `end`, this job's own, before anything is written to them; one job alone succeeds."""
     key = f"{BUILDING}{number:06d}.claim"
-    missing = kv.read(key).result()
-    generation = None if missing.state == "value" else missing.stamp.generation
-    text = f"{owner} {end}".encode()
-    if generation is None or not kv.write(key, text, if_equal=generation).result().generation:
+    there = kv.read(key).result()
+    if (
+        there.state == "value"
+        or not kv.write(key, str(end).encode(), if_equal=there.stamp.generation).result().generation
+    ):
         raise EmbeddingStoreError(_OTHER_JOB.format(where=where))
 
 
-def _claimed_by(kv: Any, number: int) -> str:
-    """The owner of a part; "" where another job has published since and tidied up."""
-    data = _read(kv, f"{BUILDING}{number:06d}.claim")
-    return "" if data is None else data.decode().partition(" ")[0]
+def _refuse_other_state(kv: Any, where: str, meta: EmbeddingMeta) -> None:
+    """Raise where another job has published since this one began: its tidying took the claims away, and rows may be used twice."""
+    if _read_meta(kv, where) != meta:
+        raise EmbeddingStoreError(_OTHER_JOB.format(where=where))
 
 
 def _read_journal(kv: Any, where: str) -> dict[int, dict[str, Entry]]:
