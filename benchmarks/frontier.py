@@ -27,7 +27,6 @@ import copy
 import dataclasses
 import importlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -63,6 +62,7 @@ from jaxsearch.scoring.prefill import PrefillScorer
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
 from jaxsearch.serving.bundle import make_embedder, make_scorer
 from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
+from jaxsearch.training.checkpoints import write_json
 
 PAPER: dict[str, dict[str, float]] = {
     "full_text": {"ndcg@10": 0.9432, "items_per_s": 270},
@@ -503,9 +503,7 @@ def keep(bench: Bench, name: str, known: dict[str, Any]) -> None:
     """Write a row's file, whole or not at all."""
     path = bench.row_file(name)
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known))
-    os.replace(temporary, path)
+    write_json(path, known)
 
 
 def fastest(found: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
