@@ -24,6 +24,7 @@ from jaxsearch.errors import InputError
 from jaxsearch.metrics import auroc, ece
 from jaxsearch.models.contract import MAX_KNOTS, RELEVANCE, Contract, ContractError, Model, check_calibrator
 from jaxsearch.models.scorer import Scorer
+from jaxsearch.scoring.mixed import Fetch, make_mixed_scorer
 from jaxsearch.scoring.records import RecordScorer, action_log_odds, relevance_log_odds
 
 RELEVANT = 2
@@ -226,7 +227,7 @@ def load_calibrators(contract: Contract) -> dict[str, Calibrator]:
 
 
 def observe(
-    model: Model, data: Dataset, split: str, *, per_query: int = PER_QUERY
+    model: Model, data: Dataset, split: str, *, per_query: int = PER_QUERY, fetch: Fetch | None = None
 ) -> dict[str, Observations]:
     """Score a split's impressions and judged pairs through the served prefill path; an objective without any is left out.
 
@@ -238,9 +239,10 @@ def observe(
       data: its queries, impressions and grades.
       split: such as "dev".
       per_query: judged pairs of a query at most, drawn by its number; 0 for all.
+      fetch: the documents' embeddings, which a MixLM ranker reads; None: it reads the text.
 
     Raises:
-      ContractError: the model is no ranker.
+      ContractError: the model is no ranker, or there are embeddings and it reads none.
       InputError: no such split, or `per_query` is negative.
     """
     if model.contract.kind != "ranker" or not isinstance(model.module, Scorer):
@@ -251,7 +253,10 @@ def observe(
         raise InputError(f"split is {split!r}: {data.name} has {', '.join(data.queries)}")
     if per_query < 0:
         raise InputError(f"per_query is {per_query}: use at least 0")
-    scorer = RecordScorer(model.module, model.tokenizer, model.contract.prompts["pair"], data.documents)
+    if fetch is not None:
+        scorer: RecordScorer = make_mixed_scorer(model, data.documents, fetch)
+    else:
+        scorer = RecordScorer(model.module, model.tokenizer, model.contract.prompts["pair"], data.documents)
     queries = list(data.queries[split])
     judged = [_judged_rows(data, query.id, number, per_query) for number, query in enumerate(queries)]
     pages = [list(data.impressions.get(query.id, ())) for query in queries]
@@ -289,7 +294,13 @@ def _judged_rows(data: Dataset, query_id: str, number: int, limit: int) -> np.nd
 
 
 def calibrate(
-    model: Model, data: Dataset, split: str = "dev", *, least: int = POSITIVES, per_query: int = PER_QUERY
+    model: Model,
+    data: Dataset,
+    split: str = "dev",
+    *,
+    least: int = POSITIVES,
+    per_query: int = PER_QUERY,
+    fetch: Fetch | None = None,
 ) -> dict[str, Calibrator]:
     """Fit a calibrator for each objective that the split tells of.
 
@@ -299,6 +310,7 @@ def calibrate(
       split: one that the model has not learned from and that it is not measured on.
       least: positives that a bucket of positions needs.
       per_query: as in `observe`.
+      fetch: likewise.
 
     Raises:
       ContractError: the model is no ranker.
@@ -310,7 +322,7 @@ def calibrate(
         )
     if least < 1:
         raise InputError(f"least is {least}: use at least 1")
-    seen = observe(model, data, split, per_query=per_query)
+    seen = observe(model, data, split, per_query=per_query, fetch=fetch)
     if not seen:
         raise InputError(
             f"split {split!r} of {data.name} has neither judged pairs nor impressions: use another"

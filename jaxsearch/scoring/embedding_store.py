@@ -246,18 +246,14 @@ def encode_documents(
     for start in range(0, len(todo), part):
         chosen = todo[start : start + part]
         made = embed([documents[i] for i in chosen])
-        block = np.zeros((len(chosen), meta.tokens, meta.width), array.dtype.numpy_dtype)
-        for place, (i, values) in enumerate(zip(chosen, made, strict=True)):
+        for i, values in zip(chosen, made, strict=True):
             if not np.isfinite(values.astype(np.float32)).all() or not values[0].any():
                 raise EmbeddingStoreError(
                     f"the embedding of document {documents[i].id!r} is not finite or all 0: look at the encoder's weights"
                 )
-            block[place, : len(values)] = values
         _claim(kv, where, number, row + len(chosen))
         _refuse_other_state(kv, where, meta)
-        if array.shape[0] < row + len(chosen):
-            array = array.resize(exclusive_max=[row + len(chosen), meta.tokens, meta.width]).result()
-        array[row : row + len(chosen)].write(block).result()
+        array = _append(array, row, made)
         entries = {
             documents[i].id: Entry(contents[i], row + place, len(values))
             for place, (i, values) in enumerate(zip(chosen, made, strict=True))
@@ -275,7 +271,50 @@ def encode_documents(
     return EncodeReport(len(documents), len(todo), used, len(before - set(index)))
 
 
+def copy_embeddings(store: EmbeddingStore, documents: Sequence[Document], path: str | Path) -> int:
+    """Write the fresh embeddings of these documents into a new store, which holds nothing else.
+
+    Args:
+      store: where they are.
+      documents: in the order that the new store has.
+      path: new local folder, or URL of a bucket.
+
+    Returns:
+      How many of the documents have no fresh embedding.
+
+    Raises:
+      EmbeddingStoreError: none has one, the place is not empty, or rows of the store are lost or damaged.
+    """
+    fresh = [document for document, good in zip(documents, store.fresh(documents), strict=True) if good]
+    if not fresh:
+        raise EmbeddingStoreError(
+            f"{store.path} has no fresh embedding of any of {len(documents)} documents: run `serve.py encode` on them"
+        )
+    kv, where = _kvstore(path), str(path)
+    meta = _begin(kv, where, dataclasses.replace(store.meta, index="", sha256="", documents=0, rows=0))
+    array, index = _open_array(kv, where, meta), {}
+    for start in range(0, len(fresh), PART):
+        some = fresh[start : start + PART]
+        found = [values for values in store.fetch(some) if values is not None]
+        array = _append(array, start, found)
+        for place, (document, values) in enumerate(zip(some, found, strict=True), start):
+            index[document.id] = Entry(content_hash(document), place, len(values))
+    _publish(kv, meta, index, len(fresh))
+    return len(documents) - len(fresh)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _append(array: Any, row: int, made: Sequence[NDArray]) -> Any:
+    """The array with the embeddings [<= S, W] of each document from this row on."""
+    block = np.zeros((len(made), *array.shape[1:]), array.dtype.numpy_dtype)
+    for place, values in enumerate(made):
+        block[place, : len(values)] = values
+    if array.shape[0] < row + len(made):
+        array = array.resize(exclusive_max=[row + len(made), *array.shape[1:]]).result()
+    array[row : row + len(made)].write(block).result()
+    return array
 
 
 def _kvstore(path: str | Path) -> Any:

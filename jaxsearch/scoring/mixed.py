@@ -194,8 +194,8 @@ def make_mixed_scorer(ranker: Model, documents: Sequence[Document], fetch: Fetch
     Raises:
       ContractError: a ranker that reads no embeddings.
     """
-    part = _mixlm_part(ranker)
-    assert isinstance(ranker.module, Scorer)  # `_mixlm_part` refuses anything else
+    part = mixlm_part(ranker)
+    assert isinstance(ranker.module, Scorer)  # `mixlm_part` refuses anything else
     return MixedScorer(
         ranker.module,
         ranker.tokenizer,
@@ -206,7 +206,12 @@ def make_mixed_scorer(ranker: Model, documents: Sequence[Document], fetch: Fetch
     )
 
 
-def _mixlm_part(ranker: Model) -> MixLMPart:
+def mixlm_part(ranker: Model) -> MixLMPart:
+    """What a ranker's contract says of the embeddings that it reads.
+
+    Raises:
+      ContractError: it reads none.
+    """
     contract = ranker.contract
     if contract.kind != "ranker" or contract.mixlm is None or not isinstance(ranker.module, Scorer):
         raise ContractError(
@@ -222,7 +227,7 @@ def check_pair(ranker: Model, encoder: Model) -> None:
       ContractError: another encoder, or models that are no such pair.
     """
     make_document_embedder(encoder)
-    wanted = _mixlm_part(ranker).encoder
+    wanted = mixlm_part(ranker).encoder
     if wanted != encoder.hash:
         raise ContractError(
             f"the ranker reads embeddings of encoder {wanted[:12]}, this is {encoder.hash[:12]}: "

@@ -1,4 +1,4 @@
-"""A bundle: everything that ranks queries, in one folder (ranker, retriever, index, documents), data only.
+"""A bundle: everything that ranks queries, in one folder (ranker, retriever, index, documents, and their embeddings for MixLM), data only.
 
 `bundle.json` comes last and names what belongs together. Opening a bundle checks the contracts, the hashes and the golden scores: one that
 does not reproduce them is not ready.
@@ -25,17 +25,20 @@ from jaxsearch.retrieval.common import new_folder
 from jaxsearch.retrieval.exhaustive import filter_mask
 from jaxsearch.retrieval.index import ScannIndex
 from jaxsearch.scoring.calibration import Calibrator, load_calibrators, objective_log_odds, probabilities
-from jaxsearch.scoring.mixed import encoder_golden_error
+from jaxsearch.scoring.embedding_store import EmbeddingStore, EmbeddingStoreError, copy_embeddings
+from jaxsearch.scoring.mixed import encoder_golden_error, make_mixed_scorer, mixlm_part
 from jaxsearch.scoring.records import Embedder, RecordScorer
 from jaxsearch.scoring.summaries import make_summary_writer
 from jaxsearch.scoring.utility import UtilityConfig, order, utility
 
-FORMAT = 3
-_READ = (1, 2, 3)
-"""Format 1 knew no utility: it orders by relevance alone. Format 2 knew no summaries."""
+FORMAT = 4
+_READ = (1, 2, 3, 4)
+"""Format 1 knew no utility: it orders by relevance alone. Format 2 knew no summaries, format 3 no embeddings."""
 BUNDLE_FILE = "bundle.json"
 SUMMARIES_FILE = "summaries.jsonl"
 """What the ranker reads in the place of text, document by document in their order; not there where it reads the text."""
+EMBEDDINGS = "embeddings"
+"""Store of the documents' embeddings, where the ranker reads those."""
 
 
 class BundleError(InputError):
@@ -49,6 +52,7 @@ def build_bundle(
     documents: Sequence[Document],
     config: UtilityConfig | None = None,
     summaries: str | os.PathLike[str] = "",
+    embeddings: str | os.PathLike[str] = "",
 ) -> int:
     """Encode the documents, build the index, and write a bundle; one that is there stays as it is until the new one is whole.
 
@@ -59,13 +63,16 @@ def build_bundle(
       documents: the corpus.
       config: what results are ordered by; left out: relevance alone.
       summaries: store of summaries that the ranker reads in the place of text; the retriever reads the text.
+      embeddings: store of embeddings that a MixLM ranker reads in the place of text, a folder or URL; those of the corpus are copied.
 
     Returns:
-      How many documents the ranker reads in full.
+      How many documents the ranker reads in full, as text.
 
     Raises:
       InputError: the utility names an action that the ranker does not score.
       SummaryStoreError: the store cannot be read, or the ranker was trained on the summaries of another summariser.
+      EmbeddingStoreError: the store cannot be read, is of another encoder than the ranker's, or has none of the documents.
+      ContractError: there are embeddings, and the ranker reads none.
       BundleError: the folder is not empty and no bundle, there is no document, or the models are of the wrong kind.
       RecordError: a bad document, or two with one id.
     """
@@ -80,7 +87,13 @@ def build_bundle(
     for document in documents:
         document.validate()
     unique_ids(documents)
+    if summaries and embeddings:
+        raise BundleError(
+            f"summaries are {summaries}, embeddings {embeddings}: a ranker reads one of them in the place of text, leave the other out"
+        )
     shown = show_documents(documents, summaries, ranker.contract.summariser)
+    store = EmbeddingStore.open(str(embeddings), mixlm_part(ranker)) if embeddings else None
+    as_text = shown.full
     with new_folder(root.resolve()) as new:
         values: dict[str, object] = {"format": FORMAT, "documents": len(documents)}
         for name, model in (("ranker", ranker), ("retriever", retriever)):
@@ -91,10 +104,13 @@ def build_bundle(
             pairs = zip(shown.documents, documents, strict=True)
             rows = [{FIELD: "" if read is full else read.fields[FIELD]} for read, full in pairs]
             write_lines(new / SUMMARIES_FILE, rows)
+        if store is not None:
+            values["encoder"] = store.meta.encoder
+            as_text = copy_embeddings(store, documents, new / EMBEDDINGS)
         ScannIndex.build(make_embedder(retriever).documents(documents)).save(new / "index")
         values |= {**_data_hashes(new), "utility": config.to_dict()}
         (new / BUNDLE_FILE).write_text(json.dumps(values, indent=1) + "\n")
-    return shown.full
+    return as_text
 
 
 def make_embedder(retriever: Model) -> Embedder:
@@ -157,14 +173,24 @@ def _check_golden(root: Path, name: str, model: Model) -> None:
 
 
 def _data_hashes(root: Path) -> dict[str, str]:
-    """SHA-256 of the documents, of the summaries where there are some, and of the index with the names of its files."""
-    index = hashlib.sha256()
-    for path in sorted((root / "index").iterdir()):
-        index.update(f"{path.name} {_digest(path)}\n".encode())
-    hashes = {"documents_sha256": _digest(root / "documents.jsonl"), "index_sha256": index.hexdigest()}
+    """SHA-256 of the documents, of the index with the names of its files, and of summaries and embeddings where there are some."""
+    hashes = {
+        "documents_sha256": _digest(root / "documents.jsonl"),
+        "index_sha256": _digest_folder(root / "index"),
+    }
     if (root / SUMMARIES_FILE).is_file():
         hashes["summaries_sha256"] = _digest(root / SUMMARIES_FILE)
+    if (root / EMBEDDINGS).is_dir():
+        hashes["embeddings_sha256"] = _digest_folder(root / EMBEDDINGS)
     return hashes
+
+
+def _digest_folder(folder: Path) -> str:
+    """Of every file in it and its name."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()} {_digest(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _digest(path: Path) -> str:
@@ -181,6 +207,16 @@ def _read_shown(root: Path, documents: Sequence[Document]) -> list[Document]:
         raise BundleError(
             f"{root / SUMMARIES_FILE} cannot be used ({error}): build the bundle anew"
         ) from error
+
+
+def _make_mixed_scorer(root: Path, ranker: Model, documents: Sequence[Document]) -> RecordScorer:
+    """The ranker on the bundle's embeddings, and on the text of documents that have none."""
+    try:
+        store = EmbeddingStore.open(root / EMBEDDINGS, mixlm_part(ranker))
+    except (ContractError, EmbeddingStoreError) as error:
+        raise BundleError(f"{root / EMBEDDINGS} cannot be used ({error}): build the bundle anew") from error
+    store.preload()  # smaller than the documents, which are held in memory too
+    return make_mixed_scorer(ranker, documents, store.fetcher(documents))
 
 
 class Result(NamedTuple):
@@ -234,6 +270,7 @@ class Bundle:
             names = ["ranker", "retriever", "documents_sha256", "index_sha256"]
             summariser = values.get("summariser", "")
             names += ["summaries_sha256"] * bool(summariser)
+            names += ["embeddings_sha256"] * ("encoder" in values)
             wanted = {name: values[name] for name in names}
             hashes = _data_hashes(root)
             config = UtilityConfig() if values["format"] == 1 else UtilityConfig.from_dict(values["utility"])
@@ -263,11 +300,15 @@ class Bundle:
             raise BundleError(
                 f"{root}: the index holds {len(index)} documents, documents.jsonl {len(documents)}; build it anew"
             )
+        if "encoder" in values:
+            scorer: RecordScorer = _make_mixed_scorer(root, ranker, documents)
+        else:
+            scorer = make_scorer(ranker, _read_shown(root, documents) if summariser else documents)
         return cls(
             documents,
             index,
             make_embedder(retriever),
-            make_scorer(ranker, _read_shown(root, documents) if summariser else documents),
+            scorer,
             ranker.contract.actions,
             hashlib.sha256(text.encode()).hexdigest(),
             load_calibrators(ranker.contract),

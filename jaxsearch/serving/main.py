@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--output", required=True, help="folder of the new bundle")
     _add_summaries(build)
+    _add_embeddings(build)
     _add_utility(build, "relevance=1", "0")
     batch = commands.add_parser("batch", allow_abbrev=False, help="rank a file of queries")
     batch.add_argument("--bundle", required=True)
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--output", required=True, help="model folder of the calibrated ranker")
     _add_summaries(calibrate)
+    _add_embeddings(calibrate)
     calibrate.add_argument("--report", default="", help="PNG file for reliability diagrams, before and after")
     encode = commands.add_parser(
         "encode", allow_abbrev=False, help="bring a store of document embeddings up to date (MixLM)"
@@ -125,6 +127,14 @@ def _add_summaries(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_embeddings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--embeddings",
+        default="",
+        help="store of `encode`, a folder or gs://bucket/path, that a MixLM ranker reads in the place of text",
+    )
+
+
 def _add_utility(parser: argparse.ArgumentParser, weights: str, floor: str) -> None:
     parser.add_argument(
         "--utility",
@@ -168,6 +178,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     from jaxsearch.models.contract import check_output, load_model, save_model
     from jaxsearch.retrieval.common import new_folder
     from jaxsearch.scoring.calibration import calibrate, compare, draw_reliability, observe
+    from jaxsearch.scoring.embedding_store import EmbeddingStore
+    from jaxsearch.scoring.mixed import mixlm_part
 
     output = Path(options.output)
     check_output(output, options.model)
@@ -179,14 +191,22 @@ def _calibrate(options: argparse.Namespace) -> None:
         raise InputError(
             f"--split is {options.split}, which calibration is measured on: give another, such as dev"
         )
-    calibrators = calibrate(model, data, options.split)
+    fetch = None
+    if options.embeddings:
+        fetch = EmbeddingStore.open(options.embeddings, mixlm_part(model)).fetcher(data.documents)
+    elif model.contract.mixlm is not None:
+        raise InputError(
+            f"--embeddings is missing: the ranker in {options.model} reads embeddings, whose scores are other ones than the text's; "
+            "name the store that `serve.py encode` made with its encoder"
+        )
+    calibrators = calibrate(model, data, options.split, fetch=fetch)
     values = {name: calibrator.to_dict() for name, calibrator in calibrators.items()}
     with new_folder(output.resolve()) as new:
         digest = save_model(new, model.module, replace(model.contract, calibrators=values), model.tokenizer)
     print(f"{output}: {digest}")
     comparisons = {}
     for split in data.test_splits:
-        for name, seen in observe(model, data, split).items():
+        for name, seen in observe(model, data, split, fetch=fetch).items():
             if name in calibrators:
                 found = compare(calibrators[name], seen)
                 comparisons[f"{split}/{name}" if len(data.test_splits) > 1 else name] = found
@@ -208,8 +228,15 @@ def _build(options: argparse.Namespace) -> None:
     config = _utility(options, UtilityConfig())
     ranker, retriever = load_model(options.ranker), load_model(options.retriever)
     documents = _documents(options)
-    full = build_bundle(options.output, ranker, retriever, documents, config, options.summaries)
-    read = f", {full} of them without a fresh summary" if options.summaries else ""
+    full = build_bundle(
+        options.output, ranker, retriever, documents, config, options.summaries, options.embeddings
+    )
+    read = ""
+    if options.summaries or options.embeddings:
+        kind = "summary" if options.summaries else "embedding"
+        read = f", {full} of them without a fresh {kind}, which are read in full"
+    elif ranker.contract.mixlm is not None:
+        read = ", read in full: the ranker also reads embeddings, name a store of `encode` (--embeddings) to rank by them"
     print(f"{options.output}: {len(documents)} documents{read}")
 
 
