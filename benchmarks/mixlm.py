@@ -54,19 +54,18 @@ ARMS: dict[str, tuple[str, ...]] = {
     "labels_alone": ("--task.align-weight", "0", "--task.distill-weight", "0"),
     "one_phase": ("--task.curriculum", "0"),
     "from_base": ("--task.model.init-from", "FUNNEL/base_student/model"),
-    "stage_1": (),
-    "no_stage_1": (),
+    "stage_1": ("--task.tokens", "5", "--task.model.init-from", "STAGE_1"),
+    "no_stage_1": ("--task.tokens", "5", "--task.model.init-from", "FUNNEL/base_student/model"),
 }
-"""What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank. `stage_1`: it
-starts from a language model that learned the judge's grades and reasons, then stage II, which is the paper's order; `no_stage_1`: from
-the same language model that learned stage II alone. Both have a ranker, and a teacher's store, of their own per seed.
+"""What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank. `stage_1`, as in
+the paper: from that language model after it learned the judge's grades and reasons; `no_stage_1`: without that. These two have five
+embeddings, and the teacher of all other arms.
 """
-OWN_RANKER = ("stage_1", "no_stage_1")
 PAPER = {
     "full": "98.0% of full text", "long": "98.0% of full text",
     "tokens_5": "+.0017", "tokens_10": "+.0044", "tokens_20": "+.0111", "tokens_50": "+.0198",
     "no_alignment": "-.0017", "no_distillation": "-.0094", "labels_alone": "-.0108", "one_phase": "-.0020",
-    "no_stage_1": "-.0185 (to stage_1)",
+    "no_stage_1": "-.0185 (of stage_1)",
 }  # fmt: skip
 """Published change of NDCG@10 by each; of alignment and distillation from what both, and each alone, add to the labels."""
 BARS = {
@@ -121,49 +120,35 @@ class Bench:
     @cached_property
     def scores(self) -> str:
         """The teacher's store: the funnel's ranker on the training pairs and on what the first stages find."""
-        return self.score("ranker_scores", self.stage("ranker"))
+        first = FirstStage(self.stage("retriever"), DEPTH)
+        return self.demo.label("ranker_scores", self.stage("ranker"), self.data, 0, first)
 
-    def score(self, name: str, ranker: Model) -> str:
-        """A store of what a full-text ranker says."""
-        return self.demo.label(name, ranker, self.data, 0, FirstStage(self.stage("retriever"), DEPTH))
-
-    def own_ranker(self, arm: str, seed: int) -> Path:
-        """Folder of a full-text ranker that did not start from the retriever: by stages I and II, or by stage II alone."""
-        start = self.funnel / "base_student/model"
-        if arm == "stage_1":
-            name = f"student_judge_{seed}"
-            self.demo.train(
-                name, "judge.py:tiny_grade_first", "--task.model.init-from", str(start),
-                "--task.labels", str(self.funnel / "judge_labels"),
-            )  # fmt: skip
-            start = self.workdir / name / "model"
+    def stage_1(self, seed: int) -> Path:
+        """Folder of the language model of the ranker's size that learned grades and reasons of precedents, and the judge's other grades."""
+        name = f"stage_1_model_{seed}"
         self.demo.train(
-            f"ranker_{arm}_{seed}", "ranker.py:tiny", "--task.model.init-from", str(start),
-            "--task.relevance-teachers", str(self.funnel / "relevance_scores"),
-            "--task.engagement-teachers", str(self.funnel / "engagement_scores"),
+            name, "judge.py:tiny_grade_first", "--task.model.init-from", str(self.funnel / "base_student/model"),
+            "--task.labels", str(self.funnel / "judge_labels"),
         )  # fmt: skip
-        return self.workdir / f"ranker_{arm}_{seed}" / "model"
+        return self.workdir / name / "model"
 
-    def train(self, arm: str, seed: int) -> tuple[Model, Model, Model]:
-        """Ranker and encoder of an arm, and the full-text ranker that the first of them was."""
+    def train(self, arm: str, seed: int) -> tuple[Model, Model]:
+        """Ranker and encoder of an arm."""
         self.stage("ranker")
         self.demo.seed = seed
-        start, scores = self.funnel / "ranker/model", ""
-        if arm in OWN_RANKER:
-            start = self.own_ranker(arm, seed)
-            scores = self.score(f"ranker_scores_{arm}_{seed}", load_model(start))
-        scores = scores or self.scores
         changes = [part.replace("FUNNEL", str(self.funnel)) for part in ARMS[arm]]
-        name = f"{arm}_{seed}"
+        if "STAGE_1" in changes:
+            changes[changes.index("STAGE_1")] = str(self.stage_1(seed))
         if "--task.model.init-from" not in changes:
-            changes += ["--task.model.init-from", str(start)]
+            changes += ["--task.model.init-from", str(self.funnel / "ranker/model")]
+        name = f"{arm}_{seed}"
         self.demo.train(
             name, "mixlm.py:tiny", "--task.encoder.init-from", str(self.funnel / "retriever/model"),
-            "--task.labels", str(self.funnel / "judge_labels"), "--task.relevance-teachers", scores,
-            "--task.engagement-teachers", scores, *changes,
+            "--task.labels", str(self.funnel / "judge_labels"), "--task.relevance-teachers", self.scores,
+            "--task.engagement-teachers", self.scores, *changes,
         )  # fmt: skip
         folder = self.workdir / name / "model"
-        return load_model(folder), load_model(folder / "encoder"), load_model(start)
+        return load_model(folder), load_model(folder / "encoder")
 
     @cached_property
     def references(self) -> dict[str, dict[str, Any]]:
@@ -195,12 +180,8 @@ class Bench:
 
     def measure(self, arm: str, seed: int) -> dict[str, Any]:
         """An arm's line."""
-        ranker, encoder, before = self.train(arm, seed)
+        ranker, encoder = self.train(arm, seed)
         line: dict[str, Any] = {"arm": arm, "seed": seed, "parameters": parameters(ranker)}
-        if arm in OWN_RANKER:
-            line["own_full_text"] = mean(
-                ndcg(self.seen, relevance(make_scorer(before, self.data.documents), self.seen))
-            )
         for name, evaluation in self.corpora.items():
             documents, there = evaluation.data.documents, self.references[name]
             fetch = OnDemand(make_document_embedder(encoder), documents)
@@ -300,7 +281,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
                 values.append(value)
             return f"{np.mean(values):.4f}"
 
-        beside = "stage_1" if arm == "no_stage_1" else "full"
+        beside = "stage_1" if arm.endswith("stage_1") else "full"
         pairs = [(x["ndcg@10"], whole.get((beside, x["seed"]))) for x in mine]
         changes = [value - other for value, other in pairs if other is not None]
         change = "-" if arm == beside or not changes else f"{np.mean(changes):+.4f}"
