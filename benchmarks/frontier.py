@@ -108,6 +108,8 @@ class Contender:
     """FLOPs per item, padding left out."""
     swapped: Callable[[Queries, Lists], Lists] | None = None
     """`score` with each document's embeddings swapped for another's; None where there are none."""
+    weights: str | None = None
+    """Hash of the model."""
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
@@ -162,6 +164,7 @@ def language_model(
         lambda queries, lists: item_flops(
             model.contract.architecture, *scorer.tokens(*split(queries, lists))
         ),
+        weights=model.hash,
     )
 
 
@@ -259,7 +262,8 @@ class Bench:
             found = embedder.queries(queries)
             return [documents[rows] @ query for query, rows in zip(found, lists, strict=True)]
 
-        return Contender(score, documents[0].nbytes, parameters(self.chain.retriever()))
+        retriever = self.chain.retriever()
+        return Contender(score, documents[0].nbytes, parameters(retriever), weights=retriever.hash)
 
 
 @dataclass(frozen=True)
@@ -335,6 +339,7 @@ def about(bench: Bench, contender: Contender) -> dict[str, Any]:
     return {
         "flops_per_item": None if contender.flops is None else contender.flops(*lists),
         "params": contender.params,
+        "weights": contender.weights,
         "truncated": contender.truncated,
         "bytes_per_document": round(contender.bytes_per_document, 1),
     }
@@ -492,7 +497,13 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
         return known
     with bench.chain.demo.stage(name):
         contender = row.make()
-        known |= about(bench, contender)
+        told = about(bench, contender)
+        # Quality and speed of one row are of one model; a file from before hashes were told may be of any.
+        if known.get("weights", told["weights"]) != told["weights"]:
+            raise InputError(
+                f"{path} was measured with model {known['weights'][:12]}, there is {told['weights'][:12]} now: delete the file"
+            )
+        known |= told
         for part in missing:
             known |= PARTS[part][1](bench, contender, row)
             keep(bench, name, known)

@@ -189,6 +189,15 @@ def test_rows_are_measured_once_and_kept(
     assert "swapped_ndcg@10" not in full
     # Not measured again; not under other settings either.
     assert frontier.measure(bench, "mixlm_1", frontier.Row(lambda: pytest.fail("made again"))) == mixed
+    # What is missing is measured with the model that the rest was measured with, or not at all.
+    path = tmp_path / "rows/mixlm_1.json"
+    values = json.loads(path.read_text())
+    assert values["weights"] == bench.chain.mixlm(1)[0].hash
+    path.write_text(
+        json.dumps({k: v for k, v in values.items() if k != "items_per_s"} | {"weights": "f" * 64})
+    )
+    with pytest.raises(InputError, match=r"mixlm_1\.json was measured with model ffffffffffff, there is"):
+        frontier.measure(bench, "mixlm_1", every["mixlm_1"])
     options.budget_ms, options.seed = 1.0, 2
     with pytest.raises(InputError, match=r"mixlm_1\.json .* budget_ms 60000.0 \(not 1.0\), seed 0 \(not 2\)"):
         frontier.measure(bench, "mixlm_1", every["mixlm_1"])

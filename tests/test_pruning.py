@@ -472,6 +472,13 @@ def test_command_writes_a_model_that_does_all_a_model_does(
     sizes = ["--mlp", "0.5", "--heads", "0.3", "--layers-drop", "1"]
     assert main([*command, *sizes, "--output", str(folder)]) == 2
     assert "which holds the model itself" in capsys.readouterr().err
+    part = replace(model.contract, mixlm=MixLMPart(1, model.contract.architecture.width, "e" * 64))
+    save_model(tmp_path / "mixlm", model.module, part, model.tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(jaxsearch.data.datasets, "load_dataset", lambda *_: pytest.fail("data was loaded"))
+        other = [*command[:2], str(tmp_path / "mixlm"), *command[3:]]
+        assert main([*other, *sizes, "--output", str(output)]) == 2
+    assert "the model reads MixLM's embeddings" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     assert main([*command, *sizes, "--output", str(tmp_path / "full")]) == 2
@@ -485,7 +492,11 @@ def test_command_writes_a_model_that_does_all_a_model_does(
         assert main([*command, *sizes, "--output", str(output)]) == 0
         small = load_model(output)
         assert golden_error(small) < 1e-4
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "small"]  # nothing half-made beside it
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "full",
+        "mixlm",
+        "small",
+    ]  # nothing half-made beside it
     c = small.contract.architecture
     assert (c.layers, c.mlp_width, c.heads, c.kv_heads, c.head_dim) == (2, 8, 4, 2, 4)
     assert small.contract.golden[0].scores != model.contract.golden[0].scores

@@ -46,7 +46,7 @@ def test_unfinished(tmp_path: Path) -> None:
     ):
         read_scores(tmp_path, WHO.fingerprint)
     with pytest.raises(
-        StoreError, match=r"holds no score store \(store\.json\): run the labelling job first"
+        StoreError, match=r"holds no score store \(store\.json\): make it with `serve.py label`"
     ):
         read_scores(tmp_path / "nowhere", WHO.fingerprint)
 

@@ -81,6 +81,7 @@ def _prune(options: argparse.Namespace) -> None:
     )
     output = check_output(options.output, options.model)
     model = load_model(options.model)
+    pruning.check_prunable(model)  # before minutes are spent on data
     before = model.contract.architecture
     plan.apply(before)
     mesh = make_mesh(MeshConfig(*options.mesh)) if options.mesh else None

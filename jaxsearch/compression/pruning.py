@@ -245,6 +245,18 @@ class Pruned(NamedTuple):
     layers: list[LayerReport]
 
 
+def check_prunable(model: Model) -> None:
+    """Raise `InputError` unless the model is a ranker or judge of texts."""
+    if not isinstance(model.module, Scorer) or "pair" not in model.contract.prompts:
+        raise InputError(
+            f"the model is a {model.contract.kind}: give the model folder of a ranker or a judge"
+        )
+    if model.contract.mixlm is not None:
+        raise InputError(
+            "the model reads MixLM's embeddings, which calibration knows nothing of: prune the ranker of full text that it began as"
+        )
+
+
 def prune_model(
     model: Model,
     data: Dataset,
@@ -272,10 +284,7 @@ def prune_model(
     Raises:
         InputError: the model is neither ranker nor judge, or reads embeddings; the plan does not fit it, or the data has fewer queries.
     """
-    if model.contract.mixlm is not None:
-        raise InputError(
-            "the model reads MixLM's embeddings, which calibration knows nothing of: prune the ranker of full text that it began as"
-        )
+    check_prunable(model)
     plan.apply(model.contract.architecture)
     multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     batches = make_batches(

@@ -168,7 +168,7 @@ def _shard_file(folder: Path, shard: int) -> Path:
 def _read_meta(folder: Path) -> StoreMeta:
     path = folder / META
     if not path.is_file():
-        raise StoreError(f"{folder} holds no score store ({META}): run the labelling job first")
+        raise StoreError(f"{folder} holds no score store ({META}): make it with `serve.py label`")
     try:
         values = json.loads(path.read_text())
         if other := other_kind(folder, values, "scores"):
