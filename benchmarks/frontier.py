@@ -309,6 +309,7 @@ def quality(bench: Bench, contender: Contender, row: Row) -> dict[str, Any]:
     """NDCG@10 and poor matches of every query, and click AUROC; of a row with the same scores, where there is one."""
     if row.same_scores:
         same = measure(bench, row.same_scores, rows(bench)[row.same_scores])
+        same_model(bench.row_file(row.same_scores), same, contender)
         names = ("ndcg@10", "poor_match@10", AUROC, "ndcg_of_queries", "impressions")
         return {name: same.get(name) for name in names}
     evaluation, options = bench.evaluation, bench.options
@@ -451,6 +452,7 @@ def in_turns(bench: Bench, found: dict[str, dict[str, Any]]) -> None:
             pair = []
             for known in (row, best):
                 contender = every[known["model"]].make()
+                same_model(bench.row_file(known["model"]), known, contender)
                 size = round(known["items_per_request"])  # of each of them
                 some = requests(bench.evaluation.queries, bench.evaluation.candidates, size)
                 some, items = _ready(contender, some, known["call_tokens"], options.seconds)
@@ -498,16 +500,23 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
     with bench.chain.demo.stage(name):
         contender = row.make()
         told = about(bench, contender)
-        # Quality and speed of one row are of one model; a file from before hashes were told may be of any.
-        if known.get("weights", told["weights"]) != told["weights"]:
-            raise InputError(
-                f"{path} was measured with model {known['weights'][:12]}, there is {told['weights'][:12]} now: delete the file"
-            )
+        same_model(path, known, contender)
+        if "weights" not in known and len(known) > len(settings):
+            del told["weights"]  # a file from before models were named: the figures in it may be of any
         known |= told
         for part in missing:
             known |= PARTS[part][1](bench, contender, row)
             keep(bench, name, known)
     return known
+
+
+def same_model(path: Path, known: dict[str, Any], contender: Contender) -> None:
+    """Refuse to put figures of one model beside those of another."""
+    there = known.get("weights")
+    if there is not None and there != contender.weights:
+        raise InputError(
+            f"{path} was measured with model {there[:12]}, there is {str(contender.weights)[:12]} now: delete the file"
+        )
 
 
 def keep(bench: Bench, name: str, known: dict[str, Any]) -> None:

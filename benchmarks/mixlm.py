@@ -5,7 +5,8 @@
         [--arms full tokens_5 no_alignment] [--seeds 0 1 2]
 
 An arm is the recipe of `configs/mixlm.py:tiny` with one thing changed, trained from the funnel's stages, which are the same for all
-arms and seeds. Every line has:
+arms and seeds. Stage I alone, where the funnel has a larger judge, is trained here, once per seed, and taken away from five embeddings.
+Every line has:
 
 - NDCG@10, poor matches@10 and click AUROC on the funnel's test searches, and what share of the ranker's on full text that is;
 - `shuffled`: NDCG@10 with each document's embeddings swapped for another's, beside `chance`, which is that of random orders;
@@ -316,7 +317,11 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         axes[0].axhline(lines[0]["full_text"], ls="--", color="grey", label="full text")
         axes[0].legend()
     axes[0].set(xscale="log", xlabel="embeddings per document (T_S)", ylabel="NDCG@10 (gain 2^g - 1)")
-    arms = [arm for arm in ARMS if not arm.startswith("tokens") and any(x["arm"] == arm for x in lines)]
+    arms = [
+        arm
+        for arm in ARMS
+        if not arm.startswith(("tokens", "stage", "no_stage")) and any(x["arm"] == arm for x in lines)
+    ]
     for place, arm in enumerate(arms):
         values = [line["ndcg@10"] for line in lines if line["arm"] == arm]
         axes[1].plot(values, [place] * len(values), "o")

@@ -203,11 +203,14 @@ def test_calibrators_and_utility_are_kept(funnel: Funnel, tmp_path: Path) -> Non
     assert not (tmp_path / "c").exists()
 
 
-def test_a_bundle_of_format_1_is_ordered_by_relevance(copy: Path, bundle: Bundle) -> None:
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_older_bundles_are_opened(copy: Path, bundle: Bundle, number: int) -> None:
+    """Format 1 knew no utility: it is ordered by relevance."""
     values = json.loads((copy / BUNDLE_FILE).read_text())
-    assert values["format"] == 3
-    del values["utility"]
-    (copy / BUNDLE_FILE).write_text(json.dumps(values | {"format": 1}))
+    assert values["format"] == bundles.FORMAT == 4
+    if number == 1:
+        del values["utility"]
+    (copy / BUNDLE_FILE).write_text(json.dumps(values | {"format": number}))
     opened = Bundle.open(copy)
     assert opened.utility == UtilityConfig()
     ours, theirs = (found.rank([query("x", 1)], depth=4)[0] for found in (bundle, opened))
@@ -277,7 +280,7 @@ def test_a_bundle_that_is_replaced_while_it_is_read_is_not_opened(
         ("{", "cannot be used"),
         ("[]", "cannot be used"),
         ("{}", "cannot be used .*format"),
-        ('{"format": 4}', "format is 4, this version reads 3"),
+        ('{"format": 5}', "format is 5, this version reads 4"),
         ('{"format": 1, "ranker": "x"}', "cannot be used .*retriever"),
         ("[" * 100_000, "cannot be used"),
     ],

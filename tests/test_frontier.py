@@ -198,6 +198,22 @@ def test_rows_are_measured_once_and_kept(
     )
     with pytest.raises(InputError, match=r"mixlm_1\.json was measured with model ffffffffffff, there is"):
         frontier.measure(bench, "mixlm_1", every["mixlm_1"])
+    # Nor are figures of a row with the same scores taken over, or two rows timed in turns, where one is of another model.
+    path = tmp_path / "rows/shared_prefix.json"
+    shared = path.read_text()
+    path.write_text(json.dumps(json.loads(shared) | {"weights": "f" * 64}))
+    (tmp_path / "rows/full_text.json").unlink()
+    with pytest.raises(InputError, match=r"shared_prefix\.json was measured with model ffffffffffff"):
+        frontier.measure(bench, "full_text", every["full_text"])
+    path.write_text(shared)
+    options.rounds = 2
+    with pytest.raises(InputError, match=r"mixlm_1\.json was measured with model eeeeeeeeeeee"):
+        frontier.in_turns(bench, found | {"mixlm_1": mixed | {"weights": "e" * 64}})
+    # A file from before models were named goes on without a name.
+    (tmp_path / "rows/retrieval.json").write_text(
+        json.dumps({k: v for k, v in found["retrieval"].items() if k not in ("weights", "items_per_s")})
+    )
+    assert "weights" not in frontier.measure(bench, "retrieval", every["retrieval"])
     options.budget_ms, options.seed = 1.0, 2
     with pytest.raises(InputError, match=r"mixlm_1\.json .* budget_ms 60000.0 \(not 1.0\), seed 0 \(not 2\)"):
         frontier.measure(bench, "mixlm_1", every["mixlm_1"])

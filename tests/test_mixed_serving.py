@@ -26,7 +26,9 @@ from jaxsearch.models.contract import (
     make_module,
     save_model,
 )
-from jaxsearch.scoring.calibration import observe
+from jaxsearch.scoring import embedding_store
+from jaxsearch.scoring.calibration import CALIBRATED_ON, Calibrator, Knots, observe
+from jaxsearch.scoring.calibration import calibrate as fit_all
 from jaxsearch.scoring.embedding_store import (
     EmbeddingStore,
     EmbeddingStoreError,
@@ -119,11 +121,11 @@ def test_a_bundle_holds_the_embeddings_of_its_own_documents(bundle_folder: Path,
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("name", ["embeddings/store.json", "embeddings/embeddings/zarr.json"])
+@pytest.mark.parametrize("name", ["store.json", "embeddings/zarr.json", "embeddings/c/0/0/0", "new"])
 def test_changed_embeddings_are_noticed(bundle_folder: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(bundle_folder, tmp_path / "copy"))
-    path = copy / name
-    path.write_text(path.read_text() + "\n")
+    path = copy / "embeddings" / name
+    path.write_bytes((path.read_bytes() if name != "new" else b"") + b"\n")
     with pytest.raises(BundleError, match="embeddings_sha256 changed since the bundle was built"):
         Bundle.open(copy)
     shutil.rmtree(copy / "embeddings")
@@ -137,12 +139,71 @@ def test_embeddings_of_another_encoder_under_a_good_hash(
     from jaxsearch.serving import bundle as bundles
 
     copy = Path(shutil.copytree(bundle_folder, tmp_path / "copy"))
-    meta = json.loads((copy / "embeddings/store.json").read_text())
-    (copy / "embeddings/store.json").write_text(json.dumps(meta | {"encoder": "f" * 64}))
-    values = json.loads((copy / BUNDLE_FILE).read_text()) | bundles._data_hashes(copy)
-    (copy / BUNDLE_FILE).write_text(json.dumps(values))
-    with pytest.raises(BundleError, match=r"embeddings cannot be used \(.* with encoder ffffffffffff"):
+    path = copy / "embeddings/store.json"
+    meta = json.loads(path.read_text())
+
+    def opened(change: dict[str, object]) -> None:
+        path.write_text(json.dumps(meta | change))
+        values = json.loads((copy / BUNDLE_FILE).read_text()) | bundles._data_hashes(copy)
+        (copy / BUNDLE_FILE).write_text(json.dumps(values))
         Bundle.open(copy)
+
+    opened({})
+    with pytest.raises(BundleError, match=r"embeddings cannot be used \(.* with encoder ffffffffffff"):
+        opened({"encoder": "f" * 64})
+    array = copy / "embeddings/embeddings/zarr.json"
+    values = json.loads(array.read_text())
+    array.write_text(json.dumps(values | {"shape": [10**9, S, W]}))
+    with pytest.raises(BundleError, match=r"1000000000 rows for 5 of 8 documents"):
+        opened({"rows": 10**9})
+    array.write_text(json.dumps(values))
+    (copy / "embeddings/embeddings/c/0/0/0").unlink()
+    with pytest.raises(BundleError, match=r"5 rows need 480 bytes, which the files do not hold"):
+        opened({})
+
+
+@pytest.mark.parametrize("start", [0, 1], ids=["as many rows", "fewer rows"])
+def test_a_bundle_that_is_replaced_while_its_embeddings_are_read_is_not_opened(
+    bundle_folder: Path,
+    models: Path,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: int,
+) -> None:
+    """Its index would say which rows are whose, the array of the other one would give them."""
+    copy, real = Path(shutil.copytree(bundle_folder, tmp_path / "copy")), EmbeddingStore.preload
+    ranker, retriever = load_model(models / "ranker"), load_model(models / "retriever")
+    corpus = documents()[start:][::-1]
+
+    def replace_first(self: EmbeddingStore) -> None:
+        monkeypatch.undo()
+        build_bundle(copy, ranker, retriever, corpus, embeddings=store)
+        real(self)
+
+    monkeypatch.setattr(EmbeddingStore, "preload", replace_first)
+    with pytest.raises(BundleError, match=r"was replaced while it was read: open it again"):
+        Bundle.open(copy)
+    assert Bundle.open(copy).documents == corpus
+
+
+def test_embeddings_are_copied_in_parts(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_store, "PART", 2)
+    corpus = [*documents()[:5][::-1], Document("short", {"title": "a"})]
+    encode_documents(load_model(models / "encoder"), corpus, tmp_path / "from")
+    source = EmbeddingStore.open(tmp_path / "from")
+    assert copy_embeddings(source, [*documents(), corpus[-1]], tmp_path / "to") == 3
+    found = EmbeddingStore.open(tmp_path / "to")
+    for mine, theirs in zip(found.fetch(corpus), source.fetch(corpus), strict=True):
+        assert mine is not None
+        assert theirs is not None
+        np.testing.assert_array_equal(mine, theirs)
+    with pytest.raises(EmbeddingStoreError, match="is not empty: give a new place"):
+        copy_embeddings(source, documents(), tmp_path / "to")
+    found.preload()
+    np.testing.assert_array_equal(found.fetch(corpus[:1])[0], source.fetch(corpus[:1])[0])  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_built(models: Path, store: Path, tmp_path: Path) -> None:
@@ -163,10 +224,20 @@ def test_what_cannot_be_built(models: Path, store: Path, tmp_path: Path) -> None
     with pytest.raises(EmbeddingStoreError, match="holds no embedding store"):
         build_bundle(target, ranker, retriever, documents(), embeddings=tmp_path / "nowhere")
     assert not target.exists()
-    contract = load_model(models / "encoder").contract
-    encode_documents(saved(tmp_path / "encoder", contract, seed=3), documents()[:2], tmp_path / "there")
-    with pytest.raises(EmbeddingStoreError, match="give another --output, or delete this one"):
-        copy_embeddings(EmbeddingStore.open(store), documents(), tmp_path / "there")
+    values = Calibrator((), (Knots((0.0,), (0.5,)),)).to_dict()
+    for training, embeddings, words in (
+        ({}, str(store), "was calibrated on text, the bundle ranks by embeddings: run .* with --embeddings"),
+        ({CALIBRATED_ON: "embeddings"}, "", "on embeddings, the bundle ranks by text: run .* without --emb"),
+    ):
+        contract = dataclasses.replace(ranker.contract, calibrators={"relevance": values}, training=training)
+        with pytest.raises(BundleError, match=words):
+            build_bundle(
+                target,
+                dataclasses.replace(ranker, contract=contract),
+                retriever,
+                documents(),
+                embeddings=embeddings,
+            )
 
 
 def test_the_commands(
@@ -181,10 +252,21 @@ def test_the_commands(
     monkeypatch.setattr(jaxsearch.data.datasets, "load_dataset", lambda name, folder: data)
     out, fetch = tmp_path / "calibrated", EmbeddingStore.open(store).fetcher(documents())
     calibrate = ["calibrate", "--model", str(models / "ranker"), "--dataset", "small", "--output", str(out)]
-    assert main(calibrate) == 2
-    assert "--embeddings is missing: the ranker in" in capsys.readouterr().err
+    assert main([*calibrate, "--embeddings", str(store), "--summaries", "x"]) == 2
+    assert "--summaries is x, --embeddings" in capsys.readouterr().err
+    encode_documents(
+        load_model(models / "encoder"), [Document("stranger", {"title": "Diver"})], tmp_path / "e"
+    )
+    assert main([*calibrate, "--embeddings", str(tmp_path / "e")]) == 2
+    assert "which has no fresh embedding of any document of small: run" in capsys.readouterr().err
+    assert not out.exists()
     assert main([*calibrate, "--embeddings", str(store)]) == 0
-    ranker = load_model(out)
+    assert "3 of 8 documents have no fresh embedding and are read in full" in capsys.readouterr().out
+    ranker, before = load_model(out), load_model(models / "ranker")
+    fitted = {name: item.to_dict() for name, item in fit_all(before, data, fetch=fetch).items()}
+    assert ranker.contract.calibrators == fitted
+    assert fitted != {name: item.to_dict() for name, item in fit_all(before, data).items()}
+    assert ranker.contract.training[CALIBRATED_ON] == "embeddings"
     seen = observe(ranker, data, "dev", fetch=fetch)["click"]
     pages = [data.impressions[q.id] for q in data.queries["dev"]]
     rows = [np.array([data.document_row[shown.document_id] for shown in page]) for page in pages]
@@ -199,7 +281,9 @@ def test_the_commands(
     build = ["build", "--ranker", str(out), "--retriever", str(models / "retriever")]
     build += ["--documents", str(lines), "--output", str(tmp_path / "bundle")]
     capsys.readouterr()
-    assert main(build) == 0
+    assert main(build) == 2
+    assert "was calibrated on embeddings, the bundle ranks by text" in capsys.readouterr().err
+    assert main([*build[:2], str(models / "ranker"), *build[3:]]) == 0
     assert "8 documents, read in full: the ranker also reads embeddings" in capsys.readouterr().out
     assert main([*build, "--embeddings", str(store)]) == 0
     assert "8 documents, 3 of them without a fresh embedding" in capsys.readouterr().out

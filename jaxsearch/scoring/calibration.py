@@ -31,6 +31,8 @@ RELEVANT = 2
 """A pair with a grade above this is relevant."""
 POSITIVES = 50
 """Least number of positives in a bucket of positions: the spread of a rate of 50 in n is about a seventh of it."""
+CALIBRATED_ON = "calibrated_on"
+"""Of a calibrated MixLM ranker's `training`: "text" or "embeddings", whose scores the calibrators were fitted to."""
 PER_QUERY = 64
 """Judged pairs of a query that relevance is fitted on at most."""
 BINS = 15

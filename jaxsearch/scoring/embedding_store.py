@@ -36,6 +36,8 @@ from jaxsearch.scoring.mixed import Fetch, encoder_golden_error, make_document_e
 
 FORMAT = 1
 META, ARRAY, BUILDING = "store.json", "embeddings/", "building/"
+SCHEMES = ("file", "gs", "s3")
+"""Of URLs: a machine's own disk, and buckets."""
 SHARD = 1024
 """Rows per file."""
 PART = 1024
@@ -128,8 +130,14 @@ class EmbeddingStore:
         return len(self._entries)
 
     def preload(self) -> None:
-        """Hold all embeddings in memory (4 S W bytes a row, in bf16 half of it); `fetch` then reads no more."""
-        self._memory = self._read(np.arange(self.meta.rows))
+        """Hold all embeddings in memory (4 S W bytes a row, in bf16 half of it); `fetch` then reads no more.
+
+        Raises:
+          EmbeddingStoreError: rows are lost or damaged.
+        """
+        values = self._read(np.arange(self.meta.rows))
+        self._check_rows(values[[entry.row for entry in self._entries.values()]])
+        self._memory = values
 
     def fresh(self, documents: Sequence[Document]) -> NDArray[np.bool_]:
         """bool [n], the documents whose text is the one that was encoded."""
@@ -166,10 +174,14 @@ class EmbeddingStore:
         if not there:
             return [None] * len(entries)
         values = self._read(np.array([entry.row for entry in there], np.int64))
-        if not values[:, 0].any(axis=-1).all():  # what was never written reads as 0
-            raise EmbeddingStoreError(f"{self.path} has lost rows of its array: delete it and build it anew")
+        self._check_rows(values)
         found = iter(values)
         return [None if entry is None else next(found)[: entry.size] for entry in entries]
+
+    def _check_rows(self, values: NDArray) -> None:
+        """Refuse rows [n, S, W] that were never written: they read as 0."""
+        if not values[:, 0].any(axis=-1).all():
+            raise EmbeddingStoreError(f"{self.path} has lost rows of its array: delete it and build it anew")
 
     def _read(self, rows: NDArray) -> NDArray:
         """[n, S, W]."""
@@ -291,6 +303,8 @@ def copy_embeddings(store: EmbeddingStore, documents: Sequence[Document], path: 
             f"{store.path} has no fresh embedding of any of {len(documents)} documents: run `serve.py encode` on them"
         )
     kv, where = _kvstore(path), str(path)
+    if _keys(kv, where):
+        raise EmbeddingStoreError(f"{where} is not empty: give a new place")
     meta = _begin(kv, where, dataclasses.replace(store.meta, index="", sha256="", documents=0, rows=0))
     array, index = _open_array(kv, where, meta), {}
     for start in range(0, len(fresh), PART):
@@ -321,8 +335,13 @@ def _kvstore(path: str | Path) -> Any:
     """A folder of a key-value store."""
     text = str(path)
     spec: Any = text.rstrip("/") + "/"
-    if "://" not in text:
+    scheme, told, _ = text.partition("://")
+    if not told:
         spec = {"driver": "file", "path": f"{Path(text).resolve()}/"}
+    elif scheme not in SCHEMES:
+        raise EmbeddingStoreError(
+            f"{text} is no place for a store: give a folder or {', '.join(f'{name}://' for name in SCHEMES)}"
+        )
     try:
         return ts.KvStore.open(spec).result()
     except ValueError as error:
@@ -331,13 +350,28 @@ def _kvstore(path: str | Path) -> Any:
         ) from error
 
 
-def _read(kv: Any, key: str) -> bytes | None:
-    found = kv.read(key).result()
+def _read(kv: Any, key: str, where: str) -> bytes | None:
+    try:
+        found = kv.read(key).result()
+    except (
+        ValueError,
+        OSError,
+        NotImplementedError,
+    ) as error:  # what a bucket says that is not there, or not ours
+        raise EmbeddingStoreError(f"{where}/{key} cannot be read ({error}): look at the place") from error
     return found.value if found.state == "value" else None
 
 
+def _keys(kv: Any, where: str) -> list[str]:
+    """Names of all that is there."""
+    try:
+        return [name.decode() for name in kv.list().result()]
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise EmbeddingStoreError(f"{where} cannot be listed ({error}): look at the place") from error
+
+
 def _read_meta(kv: Any, where: str) -> EmbeddingMeta | None:
-    text = _read(kv, META)
+    text = _read(kv, META, where)
     if text is None:
         return None
     try:
@@ -377,7 +411,7 @@ def _begin(kv: Any, where: str, fresh: EmbeddingMeta) -> EmbeddingMeta:
     """The store's own meta, which must be of the same encoder; a new store is begun."""
     meta = _read_meta(kv, where)
     if meta is None:
-        if kv.list().result():
+        if _keys(kv, where):
             raise EmbeddingStoreError(f"{where} is not empty and holds no embedding store: give a new place")
         kv.write(META, json.dumps(dataclasses.asdict(fresh), indent=1).encode()).result()
         return fresh
@@ -420,7 +454,7 @@ def _unpack(data: bytes, name: str, meta: EmbeddingMeta | None = None) -> dict[s
 
 
 def _read_index(kv: Any, where: str, meta: EmbeddingMeta) -> dict[str, Entry]:
-    data = _read(kv, meta.index)
+    data = _read(kv, meta.index, where)
     if data is None or hashlib.sha256(data).hexdigest() != meta.sha256:
         raise EmbeddingStoreError(
             f"{where}/{meta.index} is missing or damaged: delete the store and build it anew"
@@ -433,17 +467,16 @@ _OTHER_JOB = (
 )
 
 
-def _building(kv: Any, end: str) -> list[str]:
+def _building(kv: Any, where: str, end: str) -> list[str]:
     """Keys of what is under way, those that end so."""
-    names = sorted(name.decode() for name in kv.list().result() if name.startswith(BUILDING.encode()))
-    return [name for name in names if name.endswith(end)]
+    return sorted(name for name in _keys(kv, where) if name.startswith(BUILDING) and name.endswith(end))
 
 
 def _read_claims(kv: Any, where: str) -> dict[int, int]:
     """The end of the rows that each part has claimed, of jobs that were interrupted or are at work."""
     found = {}
-    for name in _building(kv, ".claim"):
-        data = _read(kv, name)
+    for name in _building(kv, where, ".claim"):
+        data = _read(kv, name, where)
         number = name[len(BUILDING) : -len(".claim")]
         if data is not None and number.isdigit():
             if not data.isdigit():
@@ -472,8 +505,8 @@ def _refuse_other_state(kv: Any, where: str, meta: EmbeddingMeta) -> None:
 def _read_journal(kv: Any, where: str) -> dict[int, dict[str, Entry]]:
     """What an unfinished job has encoded, part by part."""
     found = {}
-    for name in _building(kv, ".npz"):
-        data = _read(kv, name)
+    for name in _building(kv, where, ".npz"):
+        data = _read(kv, name, where)
         number = name[len(BUILDING) : -len(".npz")]
         if data is not None and number.isdigit():
             found[int(number)] = _unpack(data, f"{where}/{name}")
@@ -517,7 +550,7 @@ def _open_array(kv: Any, where: str, meta: EmbeddingMeta) -> Any:
     }
     spec = {"driver": "zarr3", "kvstore": (kv / ARRAY).spec().to_json()}
     try:
-        begun = _read(kv, f"{ARRAY}zarr.json") is not None
+        begun = _read(kv, f"{ARRAY}zarr.json", where) is not None
         array = ts.open(spec if begun else {**spec, "metadata": metadata, "create": True}).result()
     except (ValueError, OSError) as error:
         raise EmbeddingStoreError(

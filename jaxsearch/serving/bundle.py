@@ -1,7 +1,7 @@
 """A bundle: everything that ranks queries, in one folder (ranker, retriever, index, documents, and their embeddings for MixLM), data only.
 
 `bundle.json` comes last and names what belongs together. Opening a bundle checks the contracts, the hashes and the golden scores: one that
-does not reproduce them is not ready.
+does not reproduce them is not ready. A MixLM ranker's are those of its text; `encode` proved the encoder's when it filled the store.
 """
 
 import hashlib
@@ -24,8 +24,14 @@ from jaxsearch.models.scorer import BiEncoder, Scorer
 from jaxsearch.retrieval.common import new_folder
 from jaxsearch.retrieval.exhaustive import filter_mask
 from jaxsearch.retrieval.index import ScannIndex
-from jaxsearch.scoring.calibration import Calibrator, load_calibrators, objective_log_odds, probabilities
-from jaxsearch.scoring.embedding_store import EmbeddingStore, EmbeddingStoreError, copy_embeddings
+from jaxsearch.scoring.calibration import (
+    CALIBRATED_ON,
+    Calibrator,
+    load_calibrators,
+    objective_log_odds,
+    probabilities,
+)
+from jaxsearch.scoring.embedding_store import ARRAY, EmbeddingStore, EmbeddingStoreError, copy_embeddings
 from jaxsearch.scoring.mixed import encoder_golden_error, make_mixed_scorer, mixlm_part
 from jaxsearch.scoring.records import Embedder, RecordScorer
 from jaxsearch.scoring.summaries import make_summary_writer
@@ -73,7 +79,8 @@ def build_bundle(
       SummaryStoreError: the store cannot be read, or the ranker was trained on the summaries of another summariser.
       EmbeddingStoreError: the store cannot be read, is of another encoder than the ranker's, or has none of the documents.
       ContractError: there are embeddings, and the ranker reads none.
-      BundleError: the folder is not empty and no bundle, there is no document, or the models are of the wrong kind.
+      BundleError: the folder is not empty and no bundle, there is no document, the models are of the wrong kind, there are both summaries
+        and embeddings, or the ranker was calibrated on the other of text and embeddings.
       RecordError: a bad document, or two with one id.
     """
     root = Path(folder)
@@ -93,6 +100,7 @@ def build_bundle(
         )
     shown = show_documents(documents, summaries, ranker.contract.summariser)
     store = EmbeddingStore.open(str(embeddings), mixlm_part(ranker)) if embeddings else None
+    _check_calibration(ranker, "embeddings" if embeddings else "text")
     as_text = shown.full
     with new_folder(root.resolve()) as new:
         values: dict[str, object] = {"format": FORMAT, "documents": len(documents)}
@@ -158,6 +166,16 @@ def _check_kinds(ranker: Model, retriever: Model) -> None:
             raise BundleError(f"{name} is a {model.contract.kind}: give the model folder of a {kind}")
 
 
+def _check_calibration(ranker: Model, reads: str) -> None:
+    """Refuse a MixLM ranker whose calibrators were fitted to other scores than those of what it will read."""
+    fitted = ranker.contract.training.get(CALIBRATED_ON, "text")
+    if ranker.contract.mixlm is not None and ranker.contract.calibrators and fitted != reads:
+        raise BundleError(
+            f"the ranker was calibrated on {fitted}, the bundle ranks by {reads}: run `serve.py calibrate` "
+            f"{'with' if reads == 'embeddings' else 'without'} --embeddings"
+        )
+
+
 def _check_golden(root: Path, name: str, model: Model) -> None:
     allowed = model.contract.tolerance
     try:
@@ -211,12 +229,30 @@ def _read_shown(root: Path, documents: Sequence[Document]) -> list[Document]:
 
 def _make_mixed_scorer(root: Path, ranker: Model, documents: Sequence[Document]) -> RecordScorer:
     """The ranker on the bundle's embeddings, and on the text of documents that have none."""
+    folder = root / EMBEDDINGS
     try:
-        store = EmbeddingStore.open(root / EMBEDDINGS, mixlm_part(ranker))
+        store = EmbeddingStore.open(folder, mixlm_part(ranker))
+        meta = store.meta
+        if not meta.rows == len(store) <= len(documents):
+            raise EmbeddingStoreError(f"{meta.rows} rows for {len(store)} of {len(documents)} documents")
+        size = meta.rows * meta.tokens * meta.width * (2 if meta.dtype == "bfloat16" else 4)
+        # Chunks are not compressed: a claim of more than the files hold would fill the memory.
+        if size > sum(path.stat().st_size for path in (folder / ARRAY / "c").rglob("*") if path.is_file()):
+            raise EmbeddingStoreError(f"{meta.rows} rows need {size} bytes, which the files do not hold")
+        store.preload()
     except (ContractError, EmbeddingStoreError) as error:
-        raise BundleError(f"{root / EMBEDDINGS} cannot be used ({error}): build the bundle anew") from error
-    store.preload()  # smaller than the documents, which are held in memory too
+        raise BundleError(f"{folder} cannot be used ({error}): build the bundle anew") from error
     return make_mixed_scorer(ranker, documents, store.fetcher(documents))
+
+
+def _check_unchanged(path: Path, text: str) -> None:
+    """Refuse a bundle that another one has taken the place of: its file names the hashes of all that lies beside it."""
+    try:
+        now = path.read_text()
+    except OSError:
+        now = ""
+    if now != text:
+        raise BundleError(f"{path.parent} was replaced while it was read: open it again")
 
 
 class Result(NamedTuple):
@@ -294,16 +330,20 @@ class Bundle:
             index = ScannIndex.load(root / "index")
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise BundleError(f"{root}: the index cannot be used ({error}): build the bundle anew") from error
-        if path.read_text() != text:  # it names the hashes of all that lies beside it
-            raise BundleError(f"{root} was replaced while it was read: open it again")
+        _check_unchanged(path, text)
         if len(index) != len(documents):
             raise BundleError(
                 f"{root}: the index holds {len(index)} documents, documents.jsonl {len(documents)}; build it anew"
             )
         if "encoder" in values:
-            scorer: RecordScorer = _make_mixed_scorer(root, ranker, documents)
+            try:
+                scorer: RecordScorer = _make_mixed_scorer(root, ranker, documents)
+            except BundleError:
+                _check_unchanged(path, text)  # what looks damaged may be half of another bundle
+                raise
         else:
             scorer = make_scorer(ranker, _read_shown(root, documents) if summariser else documents)
+        _check_unchanged(path, text)
         return cls(
             documents,
             index,

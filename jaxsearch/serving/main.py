@@ -177,7 +177,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     from jaxsearch.data.summaries import show_data
     from jaxsearch.models.contract import check_output, load_model, save_model
     from jaxsearch.retrieval.common import new_folder
-    from jaxsearch.scoring.calibration import calibrate, compare, draw_reliability, observe
+    from jaxsearch.scoring.calibration import CALIBRATED_ON, calibrate, compare, draw_reliability, observe
     from jaxsearch.scoring.embedding_store import EmbeddingStore
     from jaxsearch.scoring.mixed import mixlm_part
 
@@ -185,24 +185,36 @@ def _calibrate(options: argparse.Namespace) -> None:
     check_output(output, options.model)
     if options.report and not Path(options.report).resolve().parent.is_dir():
         raise InputError(f"--report is {options.report}: there is no such folder")
-    data, model = load_dataset(options.dataset, options.data_dir or None), load_model(options.model)
+    if options.summaries and options.embeddings:
+        raise InputError(
+            f"--summaries is {options.summaries}, --embeddings {options.embeddings}: a ranker reads one of them in the place of text, "
+            "leave the other out"
+        )
+    model = load_model(options.model)
+    store = EmbeddingStore.open(options.embeddings, mixlm_part(model)) if options.embeddings else None
+    data = load_dataset(options.dataset, options.data_dir or None)
     data = show_data(data, options.summaries, model.contract.summariser)
     if options.split in data.test_splits:
         raise InputError(
             f"--split is {options.split}, which calibration is measured on: give another, such as dev"
         )
-    fetch = None
-    if options.embeddings:
-        fetch = EmbeddingStore.open(options.embeddings, mixlm_part(model)).fetcher(data.documents)
-    elif model.contract.mixlm is not None:
-        raise InputError(
-            f"--embeddings is missing: the ranker in {options.model} reads embeddings, whose scores are other ones than the text's; "
-            "name the store that `serve.py encode` made with its encoder"
-        )
+    fetch, contract = None, model.contract
+    if store is not None:
+        as_text = len(data.documents) - int(store.fresh(data.documents).sum())
+        if as_text == len(data.documents):
+            raise InputError(
+                f"--embeddings is {options.embeddings}, which has no fresh embedding of any document of {data.name}: "
+                "run `serve.py encode` on them"
+            )
+        print(f"{as_text} of {len(data.documents)} documents have no fresh embedding and are read in full")
+        fetch = store.fetcher(data.documents)
+    if contract.mixlm is not None:
+        reads = "embeddings" if fetch else "text"
+        contract = replace(contract, training={**contract.training, CALIBRATED_ON: reads})
     calibrators = calibrate(model, data, options.split, fetch=fetch)
     values = {name: calibrator.to_dict() for name, calibrator in calibrators.items()}
     with new_folder(output.resolve()) as new:
-        digest = save_model(new, model.module, replace(model.contract, calibrators=values), model.tokenizer)
+        digest = save_model(new, model.module, replace(contract, calibrators=values), model.tokenizer)
     print(f"{output}: {digest}")
     comparisons = {}
     for split in data.test_splits:
