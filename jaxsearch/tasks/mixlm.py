@@ -1,8 +1,8 @@
 """MixLM, stage III: an encoder that turns documents into embeddings, and the ranker that reads them, trained together (paper section 6).
 
 Stage I (the judge's knowledge) is `tasks.judge`, stage II (the full-text ranker) `tasks.ranker`: the ranker starts from a stage II
-folder, the encoder from a retriever's. The paper's stage I fine-tunes the ranker itself on grades and reasons; here a larger judge learns
-those, and the ranker learns from its labels. The loss is
+folder, the encoder from a retriever's. The paper's ranker starts from stage I, fine-tuned itself on grades and reasons, and a judge's
+folder is taken as well; where a larger judge learned those, the ranker learns from its labels. The loss is
 
     L = sft_weight L_SFT + distill_weight L_distill + align_weight (pred_weight L_pred + hidden_weight L_hidden)
 
