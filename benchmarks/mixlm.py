@@ -322,7 +322,8 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         values = [line["ndcg@10"] for line in lines if line["arm"] == arm]
         axes[1].plot(values, [place] * len(values), "o")
     axes[1].set_yticks(
-        range(len(arms)), [f"{arm}, T_S = 5" if arm.endswith("stage_1") else arm for arm in arms]
+        range(len(arms)),
+        [f"{arm}, T_S = {ARMS[arm][1]}" if "--task.tokens" in ARMS[arm] else arm for arm in arms],
     )
     axes[1].invert_yaxis()
     axes[1].set(xlabel="NDCG@10, a point per seed", title="T_S = 1, where nothing else is said")

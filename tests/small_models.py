@@ -14,6 +14,12 @@ SMALL = ("short", "tiny")
 """Style and chat format of prompts."""
 
 
+def untrained(folder: Path, contract: Contract, seed: int = 0) -> Model:
+    """A model of this contract with random parameters, saved and read again."""
+    save_model(folder, filled(lambda rngs: make_module(contract, rngs), seed), contract, small_tokenizer())
+    return load_model(folder)
+
+
 def _model(
     folder: Path,
     kind: str,
@@ -24,8 +30,7 @@ def _model(
 ) -> Model:
     tokenizer = small_tokenizer()
     contract = Contract(kind, architecture, prompts, {label: tokenizer.label(label) for label in labels})
-    save_model(folder, filled(lambda rngs: make_module(contract, rngs), seed), contract, tokenizer)
-    return load_model(folder)
+    return untrained(folder, contract, seed)
 
 
 def small_judge(folder: Path, seed: int = 0) -> Model:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from flax import nnx
-from small_market import STUDENT, documents, filled, small_tokenizer
-from small_models import SMALL
+from small_market import STUDENT, documents
+from small_models import SMALL, untrained
 
 from jaxsearch.data.jsonl import write_lines
 from jaxsearch.data.prompts import PromptConfig
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     contract = Contract(
         "encoder", STUDENT, {"document": PromptConfig("document", *SMALL)}, mixlm=MixLMPart(S, W)
     )
-    save_model(folder, filled(lambda r: make_module(contract, r), 0), contract, small_tokenizer())
+    untrained(folder, contract)
     return folder
 
 

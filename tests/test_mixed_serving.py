@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.special import expit
-from small_market import STUDENT, dataset, documents, fast_compilation, filled, query, small_tokenizer
-from small_models import SMALL
+from small_market import STUDENT, dataset, documents, fast_compilation, query, small_tokenizer
+from small_models import SMALL, untrained
 
 import jaxsearch.data.datasets
 from jaxsearch.data.jsonl import write_lines
@@ -21,10 +21,7 @@ from jaxsearch.models.contract import (
     Contract,
     ContractError,
     MixLMPart,
-    Model,
     load_model,
-    make_module,
-    save_model,
 )
 from jaxsearch.scoring import embedding_store
 from jaxsearch.scoring.calibration import CALIBRATED_ON, Calibrator, Knots, observe
@@ -37,6 +34,7 @@ from jaxsearch.scoring.embedding_store import (
 )
 from jaxsearch.scoring.mixed import make_mixed_scorer
 from jaxsearch.scoring.records import action_log_odds
+from jaxsearch.serving import bundle as bundles
 from jaxsearch.serving.bundle import BUNDLE_FILE, Bundle, BundleError, build_bundle, make_scorer
 from jaxsearch.serving.main import main
 
@@ -49,25 +47,19 @@ def quickly() -> Iterator[None]:
         yield
 
 
-def saved(folder: Path, contract: Contract, seed: int = 0) -> Model:
-    """A model that was never trained."""
-    save_model(folder, filled(lambda r: make_module(contract, r), seed), contract, small_tokenizer())
-    return load_model(folder)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an encoder, a ranker that reads its embeddings and titles as text, and a retriever."""
     folder = tmp_path_factory.mktemp("models")
     prompts = {kind: PromptConfig(kind, *SMALL) for kind in ("document", "query", "ranker")}
     document = {"document": prompts["document"]}
-    encoder = saved(folder / "encoder", Contract("encoder", STUDENT, document, mixlm=MixLMPart(S, W)))
+    encoder = untrained(folder / "encoder", Contract("encoder", STUDENT, document, mixlm=MixLMPart(S, W)))
     labels = {label: small_tokenizer().label(label) for label in LABELS[:2]}
     part = MixLMPart(S, W, encoder.hash, ("title",))
     ranker = Contract("ranker", STUDENT, {"pair": prompts["ranker"]}, labels, ACTIONS["jobs"])
-    saved(folder / "plain", ranker)
-    saved(folder / "ranker", dataclasses.replace(ranker, mixlm=part))
-    saved(folder / "retriever", Contract("bi_encoder", STUDENT, {"query": prompts["query"], **document}))
+    untrained(folder / "plain", ranker)
+    untrained(folder / "ranker", dataclasses.replace(ranker, mixlm=part))
+    untrained(folder / "retriever", Contract("bi_encoder", STUDENT, {"query": prompts["query"], **document}))
     return folder
 
 
@@ -133,11 +125,7 @@ def test_changed_embeddings_are_noticed(bundle_folder: Path, tmp_path: Path, nam
         Bundle.open(copy)
 
 
-def test_embeddings_of_another_encoder_under_a_good_hash(
-    bundle_folder: Path, store: Path, tmp_path: Path
-) -> None:
-    from jaxsearch.serving import bundle as bundles
-
+def test_embeddings_of_another_encoder_under_a_good_hash(bundle_folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle_folder, tmp_path / "copy"))
     path = copy / "embeddings/store.json"
     meta = json.loads(path.read_text())

@@ -79,6 +79,18 @@ def choose_queries(data: Dataset, count: int) -> list[Pairs]:
     return [known[i] for i in np.linspace(0, len(known) - 1, count).astype(int)]
 
 
+def check_model(model: Model) -> None:
+    """Raise `InputError` unless the model is a ranker or judge of texts."""
+    if not isinstance(model.module, Scorer) or "pair" not in model.contract.prompts:
+        raise InputError(
+            f"the model is a {model.contract.kind}: give the model folder of a ranker or a judge"
+        )
+    if model.contract.mixlm is not None:
+        raise InputError(
+            "the model reads MixLM's embeddings, which calibration knows nothing of: prune the ranker of full text that it began as"
+        )
+
+
 def make_batches(
     model: Model, data: Dataset, pairs: Sequence[Pairs], *, candidates: int = 16, multiple: int = 1
 ) -> list[Batch]:
@@ -92,12 +104,10 @@ def make_batches(
         multiple: queries of a batch are a multiple of this (devices over which a mesh splits them).
 
     Raises:
-        InputError: the model reads no pairs, or candidates is below 1.
+        InputError: the model is none that `check_model` takes, or candidates is below 1.
     """
-    if not isinstance(model.module, Scorer) or "pair" not in model.contract.prompts:
-        raise InputError(
-            f"the model is a {model.contract.kind}: give the model folder of a ranker or a judge"
-        )
+    check_model(model)
+    assert isinstance(model.module, Scorer)
     if candidates < 1:
         raise InputError(f"candidates is {candidates}: give 1 or more")
     chosen = [chosen_pairs(p, candidates) for p in pairs]

@@ -62,6 +62,7 @@ def _prune(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from jaxsearch.compression import pruning
+    from jaxsearch.compression.calibration import check_model
     from jaxsearch.config import MeshConfig
     from jaxsearch.data.datasets import load_dataset
     from jaxsearch.data.summaries import show_data
@@ -81,7 +82,7 @@ def _prune(options: argparse.Namespace) -> None:
     )
     output = check_output(options.output, options.model)
     model = load_model(options.model)
-    pruning.check_prunable(model)  # before minutes are spent on data
+    check_model(model)  # before minutes are spent on data
     before = model.contract.architecture
     plan.apply(before)
     mesh = make_mesh(MeshConfig(*options.mesh)) if options.mesh else None

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsearch.compression.calibration import Batch, Walk, Weights, choose_queries, make_batches
+from jaxsearch.compression.calibration import Batch, Walk, Weights, check_model, choose_queries, make_batches
 from jaxsearch.compression.osscar import METHODS, Kept, reduce_map, relative_error
 from jaxsearch.data.datasets import Dataset
 from jaxsearch.errors import InputError
@@ -245,18 +245,6 @@ class Pruned(NamedTuple):
     layers: list[LayerReport]
 
 
-def check_prunable(model: Model) -> None:
-    """Raise `InputError` unless the model is a ranker or judge of texts."""
-    if not isinstance(model.module, Scorer) or "pair" not in model.contract.prompts:
-        raise InputError(
-            f"the model is a {model.contract.kind}: give the model folder of a ranker or a judge"
-        )
-    if model.contract.mixlm is not None:
-        raise InputError(
-            "the model reads MixLM's embeddings, which calibration knows nothing of: prune the ranker of full text that it began as"
-        )
-
-
 def prune_model(
     model: Model,
     data: Dataset,
@@ -284,13 +272,13 @@ def prune_model(
     Raises:
         InputError: the model is neither ranker nor judge, or reads embeddings; the plan does not fit it, or the data has fewer queries.
     """
-    check_prunable(model)
+    check_model(model)
     plan.apply(model.contract.architecture)
     multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     batches = make_batches(
         model, data, choose_queries(data, queries), candidates=candidates, multiple=multiple
     )
-    assert isinstance(model.module, Scorer)  # `make_batches` refuses anything else
+    assert isinstance(model.module, Scorer)  # `check_model` refuses anything else
     decoder, reports = prune_decoder(model.module.decoder, batches, plan, mesh=mesh, progress=progress)
     module = nnx.merge(*nnx.split(model.module))  # shares its arrays
     module.decoder = decoder
