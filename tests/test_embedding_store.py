@@ -306,3 +306,27 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     EmbeddingStore.open(tmp_path / "s").require(documents()[:3])
     assert main([*options[:-1], str(folder)]) == 2
     assert "is not empty and holds no embedding store" in capsys.readouterr().err
+
+
+class Denied:
+    """A bucket that is not ours: TensorStore says so by a ValueError."""
+
+    def read(self, key: str) -> Any:
+        raise ValueError("PERMISSION_DENIED")
+
+    def list(self) -> Any:
+        raise ValueError("PERMISSION_DENIED")
+
+
+def test_places_that_cannot_be_read(encoder: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(
+        EmbeddingStoreError, match=r"http://x is no place for a store: give a folder or file://, gs://"
+    ):
+        EmbeddingStore.open("http://x")
+    encode_documents(encoder, documents()[:2], tmp_path)
+    store = EmbeddingStore.open(tmp_path)
+    monkeypatch.setattr(embedding_store, "_kvstore", lambda path: Denied())
+    with pytest.raises(EmbeddingStoreError, match=r"gs://b/store\.json cannot be read \(PERMISSION_DENIED\)"):
+        EmbeddingStore.open("gs://b")
+    with pytest.raises(EmbeddingStoreError, match=r"gs://b cannot be listed \(PERMISSION_DENIED\)"):
+        embedding_store.copy_embeddings(store, documents()[:2], "gs://b")
