@@ -5,7 +5,8 @@
 
 Trains the models (`frontier_models.Chain`; what a former run finished is kept), then measures each row and keeps its figures in
 `WORKDIR/rows`, so that an interrupted run goes on where it stopped: delete a file to measure that row again. With `--untrained` all
-weights are random, which costs no training: speed and FLOPs do not depend on them.
+weights are random, which costs no training: speed and FLOPs do not depend on them. Then rankers may have any size and dtype (`--preset
+qwen3_0_6b --compute-dtype bfloat16`), with the vocabulary of the data.
 
 - Quality: NDCG@10 and poor matches@10 of the first `--test-queries` test searches over BM25's and the retriever's first 30 documents, and
   click AUROC over the pages of all of them, or of the first `--click-queries`.
@@ -49,8 +50,10 @@ from jaxsearch.data.prompts import PromptRoom
 from jaxsearch.data.records import Document, Query
 from jaxsearch.errors import InputError, differences
 from jaxsearch.metrics import auroc, paired_bootstrap
+from jaxsearch.models.attention import BACKENDS
 from jaxsearch.models.contract import Model
 from jaxsearch.models.decoder import DecoderConfig
+from jaxsearch.models.presets import PRESETS
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.retrieval.bm25 import document_text
 from jaxsearch.retrieval.traditional import Features
@@ -76,7 +79,9 @@ PAPER: dict[str, dict[str, float]] = {
 TEXT_BYTES = 4
 """Of a token id."""
 CALL_TOKENS = (2_048, 4_096, 16_384)
-"""Of a call of the engine at most: what suits a row best is found out."""
+"""Of a call of the engine at most (`--call-tokens`): what suits a row best is found out."""
+FORMER = {"clients": 1, "preset": "tiny_student", "compute_dtype": "float32", "backend": "xla"}
+"""Of rows that were measured before these could be chosen."""
 MOST_REQUESTS = 100
 LARGEST = 50_000
 """Items in the largest request that is tried."""
@@ -133,7 +138,13 @@ def alone(queries: Queries, lists: Lists) -> tuple[Queries, Lists]:
 
 
 def language_model(
-    scorer: RecordScorer, model: Model, bytes_per_document: float, action: str, *, share: bool = True
+    scorer: RecordScorer,
+    model: Model,
+    bytes_per_document: float,
+    action: str,
+    *,
+    share: bool = True,
+    backend: str = "xla",
 ) -> Contender:
     """A ranker through the prefill engine."""
     split: Callable[[Queries, Lists], tuple[Queries, Lists]] = (lambda q, c: (q, c)) if share else alone
@@ -143,7 +154,7 @@ def language_model(
         lengths = [list(map(len, some)) for some in items]
         assert isinstance(model.module, Scorer)
         buckets = Buckets.fit(list(map(len, prefixes)), lengths, tokens=tokens)
-        scorer.prefill = PrefillScorer(model.module, buckets=buckets)
+        scorer.prefill = PrefillScorer(model.module, buckets=buckets, backend=backend)
 
     def engine(queries: Queries, lists: Lists) -> Callable[[], Any]:
         prefixes, items = scorer.tokens(*split(queries, lists))
@@ -203,7 +214,8 @@ class Bench:
         scorer = make_scorer(model, documents or self.data.documents)
         parts = scorer.room.documents(documents or self.data.documents)
         size = TEXT_BYTES * float(np.mean([len(part.ids) for part in parts]))
-        return language_model(scorer, model, size, self.evaluation.action, share=share)
+        action, backend = self.evaluation.action, self.options.backend
+        return language_model(scorer, model, size, action, share=share, backend=backend)
 
     def summaries(self) -> Sequence[Document]:
         """The documents as a summary says them."""
@@ -231,7 +243,8 @@ class Bench:
         )
         size += TEXT_BYTES * float(np.mean([len(tokens) for tokens in scorer.field_tokens]))
         read = PromptRoom(encoder.tokenizer, encoder.contract.prompts["document"]).documents(documents)
-        contender = language_model(scorer, ranker, size, self.evaluation.action)
+        action, backend = self.evaluation.action, self.options.backend
+        contender = language_model(scorer, ranker, size, action, backend=backend)
         ends = float(np.mean([part.truncated > 0 for part in read]))
         return dataclasses.replace(contender, truncated=ends, swapped=other)
 
@@ -391,7 +404,7 @@ def speed(bench: Bench, contender: Contender, row: Row) -> dict[str, Any]:
     evaluation, options = bench.evaluation, bench.options
     sizes = [size for size in steps(1, LARGEST) if size <= sum(map(len, evaluation.candidates))]
     best: dict[str, Any] = {"items_per_s": 0.0, "p99_ms": None}
-    for tokens in CALL_TOKENS if contender.fit is not None else (0,):
+    for tokens in options.call_tokens if contender.fit is not None else (0,):
         size = 1
         while size:
             found = _timed(
@@ -486,10 +499,12 @@ def measure(bench: Bench, name: str, row: Row) -> dict[str, Any]:
     settings = {
         "model": name, "dataset": bench.data.name, "budget_ms": options.budget_ms, "warm_tokens": bench.chain.warm,
         "test_queries": options.test_queries, "click_queries": options.click_queries, "seed": options.seed,
-        "steps": options.steps, "untrained": options.untrained, "clients": options.clients,
+        "steps": options.steps, "untrained": options.untrained, "clients": options.clients, "preset": options.preset,
+        "compute_dtype": options.compute_dtype, "backend": options.backend,
     }  # fmt: skip
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else dict(settings)
-    known.setdefault("clients", 1)  # of a file from before there were several
+    for setting, value in FORMER.items():
+        known.setdefault(setting, value)
     if differing := differences(known, settings):
         raise InputError(
             f"{path} was measured with {', '.join(differing)}: delete it, or give another --workdir"
@@ -628,6 +643,22 @@ def main() -> int:
     parser.add_argument(
         "--untrained", action="store_true", help="random weights in a work folder of its own: speed alone"
     )
+    parser.add_argument(
+        "--preset",
+        default=FORMER["preset"],
+        choices=list(PRESETS),
+        help="size of the rankers, with --untrained",
+    )
+    parser.add_argument(
+        "--compute-dtype",
+        default=FORMER["compute_dtype"],
+        choices=("float32", "bfloat16"),
+        help="with --untrained",
+    )
+    parser.add_argument(
+        "--backend", default=FORMER["backend"], choices=BACKENDS, help="of the engine's attention"
+    )
+    parser.add_argument("--call-tokens", type=int, nargs="+", default=list(CALL_TOKENS))
     parser.add_argument("--unseen", action="store_true", help="on postings that no stage has seen: quality")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1], help="T_S of the MixLM rows")
     parser.add_argument(
@@ -667,8 +698,13 @@ def main() -> int:
     known = {name for document in data.documents for name in document.fields}
     if unknown := [name for name in options.text_fields if name not in known]:
         raise InputError(f"--text-fields has {unknown[0]!r}: documents have {', '.join(sorted(known))}")
-    make_chain = Untrained if options.untrained else Chain
-    chain = make_chain(demo, data, options.warm_tokens, options.text_fields)
+    size = options.preset, options.compute_dtype
+    if options.untrained:
+        chain: Chain = Untrained(demo, data, options.warm_tokens, options.text_fields, *size)
+    elif size != (FORMER["preset"], FORMER["compute_dtype"]):
+        raise InputError(f"--preset and --compute-dtype are {' and '.join(size)}: give --untrained as well")
+    else:
+        chain = Chain(demo, data, options.warm_tokens, options.text_fields)
     corpus = data
     if options.unseen:
         options.parts = ["quality"]

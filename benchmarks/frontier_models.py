@@ -248,8 +248,13 @@ class Chain:
         return self._pair(f"{name}_whole")
 
 
+@dataclass
 class Untrained(Chain):
-    """Models of the same sizes with random weights, for what does not depend on them."""
+    """Models with random weights, for what does not depend on them; the retriever is always small."""
+
+    size: str = "tiny_student"
+    """Preset of the rankers and of MixLM's encoder."""
+    compute_dtype: str = "float32"
 
     can_summarise = False
 
@@ -260,7 +265,7 @@ class Untrained(Chain):
         return load_model(folder)
 
     def _size(self) -> DecoderConfig:
-        return preset("tiny_student", vocab_size=VOCABULARY)
+        return preset(self.size, vocab_size=VOCABULARY, compute_dtype=self.compute_dtype)
 
     def _prompt(self, kind: str, tokens: int, features: tuple[str, ...] = ()) -> PromptConfig:
         return dataclasses.replace(tiny_prompt(kind, features), max_document_tokens=tokens)
@@ -276,7 +281,9 @@ class Untrained(Chain):
     def retriever(self) -> Model:
         """Two towers."""
         prompts = {kind: self._prompt(kind, self.warm or WHOLE) for kind in ("query", "document")}
-        return self._random("retriever", Contract("bi_encoder", self._size(), prompts))
+        return self._random(
+            "retriever", Contract("bi_encoder", preset("tiny_student", vocab_size=VOCABULARY), prompts)
+        )
 
     def ranker(self) -> Model:
         """Of whole documents."""

