@@ -55,10 +55,13 @@ ARMS: dict[str, tuple[str, ...]] = {
     "labels_alone": ("--task.align-weight", "0", "--task.distill-weight", "0"),
     "one_phase": ("--task.curriculum", "0"),
     "from_base": ("--task.model.init-from", "FUNNEL/base_student/model"),
+    "encoder_ranker": ("--task.encoder.init-from", "FUNNEL/ranker/model"),
+    "encoder_ranker_5": ("--task.tokens", "5", "--task.encoder.init-from", "FUNNEL/ranker/model"),
     "stage_1": ("--task.tokens", "5", "--task.model.init-from", "STAGE_1"),
     "no_stage_1": ("--task.tokens", "5", "--task.model.init-from", "FUNNEL/base_student/model"),
 }
-"""What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank. `stage_1`, as in
+"""What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank;
+`encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever. `stage_1`, as in
 the paper: from that language model after it learned the judge's grades and reasons; `no_stage_1`: without that. These two have five
 embeddings, and the teacher of all other arms.
 """
@@ -140,12 +143,12 @@ class Bench:
         changes = [part.replace("FUNNEL", str(self.funnel)) for part in ARMS[arm]]
         if "STAGE_1" in changes:
             changes[changes.index("STAGE_1")] = str(self.stage_1(seed))
-        if "--task.model.init-from" not in changes:
-            changes += ["--task.model.init-from", str(self.funnel / "ranker/model")]
+        for part, start in (("model", "ranker"), ("encoder", "retriever")):
+            if f"--task.{part}.init-from" not in changes:
+                changes += [f"--task.{part}.init-from", str(self.funnel / start / "model")]
         name = f"{arm}_{seed}"
         self.demo.train(
-            name, "mixlm.py:tiny", "--task.encoder.init-from", str(self.funnel / "retriever/model"),
-            "--task.labels", str(self.funnel / "judge_labels"), "--task.relevance-teachers", self.scores,
+            name, "mixlm.py:tiny", "--task.labels", str(self.funnel / "judge_labels"), "--task.relevance-teachers", self.scores,
             "--task.engagement-teachers", self.scores, *changes,
         )  # fmt: skip
         folder = self.workdir / name / "model"
@@ -310,13 +313,15 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
     curve = [(1, "full"), *((n, f"tokens_{n}") for n in TOKENS)]
     points = [(n, line["ndcg@10"]) for n, arm in curve for line in lines if line["arm"] == arm]
-    axes[0].plot(*zip(*points, strict=True), "o") if points else None
-    means = {n: np.mean([y for x, y in points if x == n]) for n, _ in points}
-    axes[0].plot(list(means), list(means.values()), "-")
+    if points:
+        axes[0].plot(*zip(*points, strict=True), "o")
+        means = {n: np.mean([y for x, y in points if x == n]) for n, _ in points}
+        axes[0].plot(list(means), list(means.values()), "-")
+        axes[0].set_xscale("log")
     if lines:
         axes[0].axhline(lines[0]["full_text"], ls="--", color="grey", label="full text")
         axes[0].legend()
-    axes[0].set(xscale="log", xlabel="embeddings per document (T_S)", ylabel="NDCG@10 (gain 2^g - 1)")
+    axes[0].set(xlabel="embeddings per document (T_S)", ylabel="NDCG@10 (gain 2^g - 1)")
     arms = [arm for arm in ARMS if not arm.startswith("tokens") and any(x["arm"] == arm for x in lines)]
     for place, arm in enumerate(arms):
         values = [line["ndcg@10"] for line in lines if line["arm"] == arm]

@@ -194,6 +194,8 @@ def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
     """Every workload and mode."""
     for name in options.workloads:
         whole = WORKLOADS[name]
+        if options.whole:
+            whole = whole._replace(sample=0, sample_alone=0)
         wanted = expected(scorer, make_request(whole, scorer.decoder.config))
         for dtype in options.dtypes:
             model = scorer
@@ -294,6 +296,9 @@ def main() -> None:
     parser.add_argument("--calls", type=int, help="calls per row; default: 200 or, of over a second, 5")
     parser.add_argument(
         "--layers", type=int, default=0, help="random weights of so many layers, for a quick look"
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="score all of a workload, not the sample of a CPU"
     )
     parser.add_argument("--random", action="store_true", help="random weights instead of SmolLM2's")
     parser.add_argument("--preset", choices=list(PRESETS), default=SMOLLM2, help="with --random: the shapes")
