@@ -57,11 +57,20 @@ ARMS: dict[str, tuple[str, ...]] = {
     "from_base": ("--task.model.init-from", "FUNNEL/base_student/model"),
     "encoder_ranker": ("--task.encoder.init-from", "FUNNEL/ranker/model"),
     "encoder_ranker_5": ("--task.tokens", "5", "--task.encoder.init-from", "FUNNEL/ranker/model"),
+    "long_first_5": (
+        "--task.tokens",
+        "5",
+        "--task.encoder.init-from",
+        "FUNNEL/ranker/model",
+        "--task.curriculum",
+        "0.5",
+    ),
     "stage_1": ("--task.tokens", "5", "--task.model.init-from", "STAGE_1"),
     "no_stage_1": ("--task.tokens", "5", "--task.model.init-from", "FUNNEL/base_student/model"),
 }
 """What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank;
-`encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever. `stage_1`, as in
+`encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever; `long_first_5`: so, and half of the
+steps in the first phase. `stage_1`, as in
 the paper: from that language model after it learned the judge's grades and reasons; `no_stage_1`: without that. These two have five
 embeddings, and the teacher of all other arms.
 """

@@ -1,5 +1,9 @@
-"""Every test runs on eight CPU devices and refuses silent rank promotion."""
+"""Every test runs on eight CPU devices, also where there is a GPU, and refuses silent rank promotion.
 
+`JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=highest` runs them on a GPU; those of meshes then lack devices.
+"""
+
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
     from jaxsearch.models.contract import Model
     from jaxsearch.serving.bundle import Bundle
 
+if not os.environ.get("JAX_PLATFORMS"):
+    jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
