@@ -68,11 +68,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "stage_1": ("--task.tokens", "5", "--task.model.init-from", "STAGE_1"),
     "no_stage_1": ("--task.tokens", "5", "--task.model.init-from", "FUNNEL/base_student/model"),
 }
-"""What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank;
-`encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever; `long_first_5`: so, and half of the
-steps in the first phase. `stage_1`, as in
-the paper: from that language model after it learned the judge's grades and reasons; `no_stage_1`: without that. These two have five
-embeddings, and the teacher of all other arms.
+"""What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank.
+`encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever; `long_first_5`: so,
+and half of the steps in the first phase. `stage_1`, as in the paper: the ranker starts from that language model after it learned the
+judge's grades and reasons; `no_stage_1`: without that. These two have five embeddings, and the teacher of all other arms.
 """
 PAPER = {
     "full": "98.0% of full text", "long": "98.0% of full text",

@@ -32,6 +32,12 @@ def frontier(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("frontier")
 
 
+def settings(frontier: Any, **changes: Any) -> argparse.Namespace:
+    """The benchmark's options, as far as a row needs them."""
+    defaults = {**frontier.FORMER, "call_tokens": list(frontier.CALL_TOKENS)}
+    return argparse.Namespace(**{**defaults, **changes})
+
+
 def test_flops_of_lists_by_hand(frontier: Any) -> None:
     config = preset("tiny_student", vocab_size=100)
     linear = 3 * (4 * 64 * 8 * 16 + 6 * 64 * 192)
@@ -153,8 +159,8 @@ def test_rows_are_measured_once_and_kept(
     frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
 ) -> None:
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
-    options = argparse.Namespace(
-        test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=list(frontier.PARTS), unseen=False,
+    options = settings(
+        frontier, test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=list(frontier.PARTS), unseen=False,
         seed=0, steps=1.0, untrained=False, rounds=3, clients=2,
     )  # fmt: skip
     bench = frontier.Bench(SmallChain(funnel, tmp_path, demo), world, options)
@@ -187,6 +193,14 @@ def test_rows_are_measured_once_and_kept(
     # With embeddings of other documents the order is another one, of MixLM alone.
     assert mixed["swapped_ndcg@10"] != mixed["ndcg@10"]
     assert "swapped_ndcg@10" not in full
+    # A row from before its size, dtype and attention could be chosen has those that there were.
+    path = tmp_path / "rows/mixlm_1.json"
+    before = {
+        k: v
+        for k, v in json.loads(path.read_text()).items()
+        if k not in ("preset", "compute_dtype", "backend")
+    }
+    path.write_text(json.dumps(before))
     # Not measured again; not under other settings either.
     assert frontier.measure(bench, "mixlm_1", frontier.Row(lambda: pytest.fail("made again"))) == mixed
     # What is missing is measured with the model that the rest was measured with, or not at all.
@@ -214,8 +228,11 @@ def test_rows_are_measured_once_and_kept(
         json.dumps({k: v for k, v in found["retrieval"].items() if k not in ("weights", "items_per_s")})
     )
     assert "weights" not in frontier.measure(bench, "retrieval", every["retrieval"])
-    options.budget_ms, options.seed = 1.0, 2
-    with pytest.raises(InputError, match=r"mixlm_1\.json .* budget_ms 60000.0 \(not 1.0\), seed 0 \(not 2\)"):
+    options.budget_ms, options.seed, options.backend = 1.0, 2, "fused"
+    wanted = (
+        r"mixlm_1\.json .* backend 'xla' \(not 'fused'\), budget_ms 60000.0 \(not 1.0\), seed 0 \(not 2\)"
+    )
+    with pytest.raises(InputError, match=wanted):
         frontier.measure(bench, "mixlm_1", every["mixlm_1"])
 
 
@@ -223,7 +240,7 @@ def test_fields_that_stay_text_are_counted(
     frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
 ) -> None:
     """A row of its own, whose documents hold the tokens of their titles beside their embeddings."""
-    options = argparse.Namespace(test_queries=3, tokens=[1], unseen=False)
+    options = settings(frontier, test_queries=3, tokens=[1], unseen=False)
     queries, lists = list(world.queries["test"][:2]), [np.arange(8), np.arange(3)]
     rows = {}
     for fields in ((), ("title",)):
@@ -247,7 +264,7 @@ def test_scores_alone_are_those_behind_a_shared_prefix(
 ) -> None:
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
     bench = frontier.Bench(
-        SmallChain(funnel, tmp_path, demo), world, argparse.Namespace(test_queries=2, unseen=False)
+        SmallChain(funnel, tmp_path, demo), world, settings(frontier, test_queries=2, unseen=False)
     )
     queries, lists = list(world.queries["test"][:2]), [np.arange(8), np.arange(3)]
     shared, alone = (bench.text(bench.chain.ranker(), share=share) for share in (True, False))
@@ -263,8 +280,8 @@ def test_unseen_postings_are_ranked_by_the_same_models(
 ) -> None:
     """Another corpus, files of its own, no clicks."""
     demo = frontier.Demo(tmp_path, "small", "", 0, 1.0, 0, False)
-    options = argparse.Namespace(
-        test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=["quality"], unseen=True, seed=0,
+    options = settings(
+        frontier, test_queries=3, click_queries=0, budget_ms=60_000.0, seconds=0.02, tokens=[1], parts=["quality"], unseen=True, seed=0,
         steps=1.0, untrained=False, clients=1,
     )  # fmt: skip
     chain = SmallChain(funnel, tmp_path, demo)
@@ -301,6 +318,16 @@ def test_untrained_models_have_the_sizes_of_trained_ones(
     assert pruned.contract.architecture.mlp_width == full.contract.architecture.mlp_width // 2
     assert chain.retriever().contract.kind == "bi_encoder"
     assert chain.ranker().hash == full.hash  # kept, not made again
+    # Rankers and encoder of another size and dtype; the retriever stays small.
+    monkeypatch.setitem(presets.PRESETS, "wide", dataclasses.replace(TEACHER, width=2 * TEACHER.width))
+    demo = frontier.Demo(tmp_path / "wide", "small", "", 0, 1.0, 0, False)
+    wide = frontier.Untrained(demo, world, 4, (), "wide", "bfloat16")
+    ranker, encoder = wide.mixlm(2)
+    check_pair(ranker, encoder)
+    for model in (ranker, encoder, wide.ranker()):
+        assert model.contract.architecture.width == 2 * TEACHER.width
+        assert model.contract.architecture.compute_dtype == "bfloat16"
+    assert wide.retriever().contract.architecture == chain.retriever().contract.architecture
 
 
 def test_a_stage_trained_before_a_setting_existed_counts_as_trained_with_its_default(
