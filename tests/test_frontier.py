@@ -230,7 +230,7 @@ def test_rows_are_measured_once_and_kept(
     assert "weights" not in frontier.measure(bench, "retrieval", every["retrieval"])
     options.budget_ms, options.seed, options.backend = 1.0, 2, "fused"
     wanted = (
-        r"mixlm_1\.json .* backend 'xla' \(not 'fused'\), budget_ms 60000.0 \(not 1.0\), seed 0 \(not 2\)"
+        r"mixlm_1\.json .* budget_ms 60000.0 \(not 1.0\), seed 0 \(not 2\), backend 'xla' \(not 'fused'\)"
     )
     with pytest.raises(InputError, match=wanted):
         frontier.measure(bench, "mixlm_1", every["mixlm_1"])
