@@ -82,6 +82,8 @@ CALL_TOKENS = (2_048, 4_096, 16_384)
 """Of a call of the engine at most (`--call-tokens`): what suits a row best is found out."""
 FORMER = {"clients": 1, "preset": "tiny_student", "compute_dtype": "float32", "backend": "xla"}
 """Of rows that were measured before these could be chosen."""
+AGAIN = 3
+"""Sizes that are timed twice."""
 MOST_REQUESTS = 100
 LARGEST = 50_000
 """Items in the largest request that is tried."""
@@ -400,22 +402,35 @@ def rate(
 
 
 def speed(bench: Bench, contender: Contender, row: Row) -> dict[str, Any]:
-    """The best rate within the budget, over sizes of requests and of the engine's calls."""
+    """The best rate within the budget, over sizes of requests and of the engine's calls.
+
+    What is fastest of many timings was lucky, too: the first `AGAIN` of them that keep the budget once more count by their second timing.
+    """
     evaluation, options = bench.evaluation, bench.options
     sizes = [size for size in steps(1, LARGEST) if size <= sum(map(len, evaluation.candidates))]
-    best: dict[str, Any] = {"items_per_s": 0.0, "p99_ms": None}
+
+    def timed(size: int, tokens: int) -> tuple[dict[str, Any], float]:
+        some = requests(evaluation.queries, evaluation.candidates, size)
+        found = _timed(contender, some, tokens, options)
+        return found | {"call_tokens": tokens}, options.budget_ms / found["p99_ms"]
+
+    tried = []
     for tokens in options.call_tokens if contender.fit is not None else (0,):
         size = 1
         while size:
-            found = _timed(
-                contender, requests(evaluation.queries, evaluation.candidates, size), tokens, options
-            )
-            room = options.budget_ms / found["p99_ms"]
-            if room >= 1 and found["items_per_s"] > best["items_per_s"]:
-                best = found | {"call_tokens": tokens}
+            found, room = timed(size, tokens)
+            if room >= 1:
+                tried.append((found["items_per_s"], size, tokens))
             factor = 4 if room > 16 else 2 if room > 4 else 1.2
             size = next((s for s in sizes if s > size * factor), 0) if room >= 1 else 0
-    return best | {"machine": describe()}
+    kept: list[dict[str, Any]] = []
+    for _, size, tokens in sorted(tried, reverse=True):
+        found, room = timed(size, tokens)
+        kept += [found] if room >= 1 else []
+        if len(kept) == AGAIN:
+            break
+    nothing = {"items_per_s": 0.0, "p99_ms": None}
+    return max(kept, key=lambda one: one["items_per_s"], default=nothing) | {"machine": describe()}
 
 
 def _ready(

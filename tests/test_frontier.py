@@ -236,6 +236,29 @@ def test_rows_are_measured_once_and_kept(
         frontier.measure(bench, "mixlm_1", every["mixlm_1"])
 
 
+def test_a_lucky_size_counts_by_its_second_timing(frontier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of 1, 6 and 16 items keep the budget at first, 24 never do; 16 miss it later, and 6 were lucky."""
+    evaluation = argparse.Namespace(queries=[Query("q", "nurse")], candidates=[np.arange(48)])
+    bench = argparse.Namespace(evaluation=evaluation, options=settings(frontier, budget_ms=100.0))
+    timings = {1: [(10.0, 1.0), (11.0, 1.0)], 6: [(90.0, 10.0), (40.0, 50.0)]}
+    timings |= {16: [(80.0, 90.0), (99.0, 101.0)], 24: [(70.0, 200.0)]}
+
+    def timed(contender: Any, some: Any, tokens: int, options: Any) -> dict[str, float]:
+        size = sum(map(len, some[0][1]))
+        rate, p99 = timings[size].pop(0)
+        return {"items_per_s": rate, "p99_ms": p99, "size": size}
+
+    monkeypatch.setattr(frontier, "_timed", timed)
+    contender = frontier.Contender(lambda queries, lists: lists, 0.0)
+    row = frontier.Row(lambda: contender)
+    found = frontier.speed(bench, contender, row)
+    assert (found["items_per_s"], found["size"], found["p99_ms"]) == (40.0, 6, 50.0)
+    assert not any(timings.values())
+    timings[1] = [(10.0, 1000.0)]
+    none = frontier.speed(bench, contender, row)
+    assert (none["items_per_s"], none["p99_ms"]) == (0.0, None)
+
+
 def test_fields_that_stay_text_are_counted(
     frontier: Any, funnel: Funnel, world: Dataset, tmp_path: Path
 ) -> None:
