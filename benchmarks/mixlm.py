@@ -339,7 +339,7 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         [f"{arm}, T_S = {ARMS[arm][1]}" if "--task.tokens" in ARMS[arm] else arm for arm in arms],
     )
     axes[1].invert_yaxis()
-    axes[1].set(xlabel="NDCG@10, a point per seed", title="T_S = 1, where nothing else is said")
+    axes[1].set(xlabel="NDCG@10, a point per run", title="T_S = 1, where nothing else is said")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
