@@ -11,7 +11,8 @@ qwen3_0_6b --compute-dtype bfloat16`), with the vocabulary of the data.
 - Quality: NDCG@10 and poor matches@10 of the first `--test-queries` test searches over BM25's and the retriever's first 30 documents, and
   click AUROC over the pages of all of them, or of the first `--click-queries`.
 - Speed: requests of growing size from `--clients` at once, each size for `--seconds`, from records to scores; documents' tokens are made
-  before and embeddings preloaded, as in serving. The figure is the highest rate whose p99 stays within `--budget-ms`.
+  before and embeddings preloaded, as in serving. The figure is the highest rate whose p99 stays within `--budget-ms`, of the three
+  sizes that looked best, each timed a second time.
   `engine_items_per_s` leaves out tokenising queries and writing pair features.
 - How many times as fast: MixLM and the fastest full-text path answer in turns, `--rounds` times for `--seconds` each, at the sizes that
   suited them; the figure is the median of the rounds' ratios. A core's speed wanders by tens of percent within minutes, and whatever is
@@ -209,6 +210,13 @@ class Bench:
         """Where a row's figures are kept."""
         return self.workdir / f"rows{self.suffix}" / f"{name}.json"
 
+    def contender(
+        self, scorer: RecordScorer, model: Model, bytes_per_document: float, *, share: bool = True
+    ) -> Contender:
+        """A ranker of this data, with the attention of the options."""
+        action, backend = self.evaluation.action, self.options.backend
+        return language_model(scorer, model, bytes_per_document, action, share=share, backend=backend)
+
     def text(
         self, model: Model, documents: Sequence[Document] | None = None, share: bool = True
     ) -> Contender:
@@ -216,8 +224,7 @@ class Bench:
         scorer = make_scorer(model, documents or self.data.documents)
         parts = scorer.room.documents(documents or self.data.documents)
         size = TEXT_BYTES * float(np.mean([len(part.ids) for part in parts]))
-        action, backend = self.evaluation.action, self.options.backend
-        return language_model(scorer, model, size, action, share=share, backend=backend)
+        return self.contender(scorer, model, size, share=share)
 
     def summaries(self) -> Sequence[Document]:
         """The documents as a summary says them."""
@@ -245,8 +252,7 @@ class Bench:
         )
         size += TEXT_BYTES * float(np.mean([len(tokens) for tokens in scorer.field_tokens]))
         read = PromptRoom(encoder.tokenizer, encoder.contract.prompts["document"]).documents(documents)
-        action, backend = self.evaluation.action, self.options.backend
-        contender = language_model(scorer, ranker, size, action, backend=backend)
+        contender = self.contender(scorer, ranker, size)
         ends = float(np.mean([part.truncated > 0 for part in read]))
         return dataclasses.replace(contender, truncated=ends, swapped=other)
 
@@ -671,7 +677,7 @@ def main() -> int:
         help="with --untrained",
     )
     parser.add_argument(
-        "--backend", default=FORMER["backend"], choices=BACKENDS, help="of the engine's attention"
+        "--backend", default=FORMER["backend"], choices=BACKENDS, help="of the attention that is timed"
     )
     parser.add_argument("--call-tokens", type=int, nargs="+", default=list(CALL_TOKENS))
     parser.add_argument("--unseen", action="store_true", help="on postings that no stage has seen: quality")

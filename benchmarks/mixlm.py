@@ -46,6 +46,7 @@ from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
 
 VARIANT = "tiny"
 TOKENS = (5, 10, 20, 50)
+FROM_RANKER = ("--task.encoder.init-from", "FUNNEL/ranker/model")
 ARMS: dict[str, tuple[str, ...]] = {
     "full": (),
     "long": ("--steps", "5000"),
@@ -55,16 +56,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "labels_alone": ("--task.align-weight", "0", "--task.distill-weight", "0"),
     "one_phase": ("--task.curriculum", "0"),
     "from_base": ("--task.model.init-from", "FUNNEL/base_student/model"),
-    "encoder_ranker": ("--task.encoder.init-from", "FUNNEL/ranker/model"),
-    "encoder_ranker_5": ("--task.tokens", "5", "--task.encoder.init-from", "FUNNEL/ranker/model"),
-    "long_first_5": (
-        "--task.tokens",
-        "5",
-        "--task.encoder.init-from",
-        "FUNNEL/ranker/model",
-        "--task.curriculum",
-        "0.5",
-    ),
+    "encoder_ranker": FROM_RANKER,
+    "encoder_ranker_5": ("--task.tokens", "5", *FROM_RANKER),
+    "long_first_5": ("--task.tokens", "5", *FROM_RANKER, "--task.curriculum", "0.5"),
     "stage_1": ("--task.tokens", "5", "--task.model.init-from", "STAGE_1"),
     "no_stage_1": ("--task.tokens", "5", "--task.model.init-from", "FUNNEL/base_student/model"),
 }

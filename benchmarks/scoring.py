@@ -15,9 +15,9 @@ peers also expanded (the prefix's key/value cache expanded by hand).
 
 One JSON line each: workload, impl, mode, dtype, items and scored (a sample where a call would take too long),
 items_per_s, tokens_per_s, mfu (FLOPs of the linear layers and of causal attention that the mode needs, without padding,
-over the run's best matmul rate, fp32 on a CPU, else of that dtype),
-p50_ms, p95_ms, p99_ms (null under 200 calls), calls, padding, max_abs_diff of
-log-odds to the plain fp32 path, and of peers batch_tokens, the fastest batch size of those tried.
+over the run's best matmul rate of full precision: fp32 on a CPU, else of that dtype), p50_ms, p95_ms, p99_ms (null under 200
+calls), calls, padding, max_abs_diff of log-odds to the plain fp32 path, and of peers batch_tokens, the fastest batch size of
+those tried.
 """
 
 import argparse
@@ -190,12 +190,15 @@ def row(
     }  # fmt: skip
 
 
+def workload(name: str, options: argparse.Namespace) -> Workload:
+    """As it is scored: with the samples of its table, or whole."""
+    return WORKLOADS[name]._replace(sample=0, sample_alone=0) if options.whole else WORKLOADS[name]
+
+
 def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
     """Every workload and mode."""
     for name in options.workloads:
-        whole = WORKLOADS[name]
-        if options.whole:
-            whole = whole._replace(sample=0, sample_alone=0)
+        whole = workload(name, options)
         wanted = expected(scorer, make_request(whole, scorer.decoder.config))
         for dtype in options.dtypes:
             model = scorer
@@ -227,7 +230,7 @@ def run_ours(scorer: Scorer, options: argparse.Namespace) -> Iterator[dict]:
 def run_peer(scorer: Scorer, impl: str, folder: str, options: argparse.Namespace) -> Iterator[dict]:
     """A peer's modes on every workload of token items."""
     for name in options.workloads:
-        whole = WORKLOADS[name]
+        whole = workload(name, options)
         if whole.embeddings:
             continue
         wanted = expected(scorer, make_request(whole, scorer.decoder.config))
@@ -327,15 +330,17 @@ def main() -> None:
         (4096, c.mlp_width, c.width),
         (4096, c.width, c.heads * c.head_dim),
     ]
-    best: dict[str, float] = {}
+    # Cores without bf16 are measured against what they do in fp32.
+    cpu = jax.default_backend() == "cpu"
+    dtypes = {"float32"} if cpu else {*options.dtypes, *options.peer_dtypes}
+    best = {dtype: best_matmul_gflops(shapes, dtype) for dtype in dtypes}
     common = {"command": " ".join(["python", *sys.argv]), "machine": describe()}
 
     def keep(found: Iterator[dict]) -> None:
         """Write each row at once: a peer that hangs costs no other row."""
         for one in found:
-            # Cores without bf16 are measured against what they do in fp32.
-            dtype = "float32" if jax.default_backend() == "cpu" else one["dtype"]
-            limit = best[dtype] = max(best.get(dtype, 0.0), best_matmul_gflops(shapes, dtype))
+            dtype = "float32" if cpu else one["dtype"]
+            limit = best[dtype] = max(best[dtype], best_matmul_gflops(shapes, dtype))
             one["mfu"] = one.pop("gflops") / limit
             print(
                 f"{one['workload']:12s} {one['impl']:22s} {one['mode']:19s} {one['dtype']:9s} {one['items_per_s']:9.2f} items/s "

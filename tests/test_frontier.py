@@ -353,6 +353,15 @@ def test_untrained_models_have_the_sizes_of_trained_ones(
     assert wide.retriever().contract.architecture == chain.retriever().contract.architecture
 
 
+@pytest.mark.usefixtures("frontier")
+@pytest.mark.parametrize("arms", [[], ["no_alignment"], ["full", "tokens_5", "stage_1"]])
+def test_the_figure_of_arms_needs_none_of_them(arms: list[str], tmp_path: Path) -> None:
+    mixlm = importlib.import_module("mixlm")
+    lines = [{"arm": arm, "ndcg@10": 0.5, "full_text": 0.9} for arm in arms]
+    mixlm.draw(tmp_path / "mixlm.png", lines)
+    assert (tmp_path / "mixlm.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_stage_trained_before_a_setting_existed_counts_as_trained_with_its_default(
     frontier: Any, tmp_path: Path
 ) -> None:
