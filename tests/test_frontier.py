@@ -236,6 +236,21 @@ def test_rows_are_measured_once_and_kept(
         frontier.measure(bench, "mixlm_1", every["mixlm_1"])
 
 
+def test_requests_are_made_until_nothing_more_is_compiled(frontier: Any) -> None:
+    """The second request needs a shape that suits the first one better, which then needs another."""
+    asked, shapes = [], [0]
+
+    def score(queries: Any, lists: Any) -> Any:
+        asked.append(len(lists))
+        shapes[0] += {1: 1, 3: 1, 4: 1}.get(len(asked), 0)
+        return lists
+
+    contender = frontier.Contender(score, 0.0, compiled=lambda: shapes[0])
+    frontier._compile(contender, [([], [1]), ([], [1, 2])])
+    assert asked == [1, 2] * 3
+    assert shapes == [3]
+
+
 def test_a_lucky_size_counts_by_its_second_timing(frontier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests of 1, 6 and 16 items keep the budget at first, 24 never do; 16 miss it later, and 6 were lucky."""
     evaluation = argparse.Namespace(queries=[Query("q", "nurse")], candidates=[np.arange(48)])

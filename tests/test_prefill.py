@@ -19,7 +19,7 @@ from jaxsearch.models.attention import Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.models.presets import preset
 from jaxsearch.scoring import buckets as buckets_module
-from jaxsearch.scoring.buckets import Buckets, Shape, plan, steps
+from jaxsearch.scoring.buckets import Buckets, Shape, choose, plan, steps
 from jaxsearch.scoring.packing import EmbeddedItem, PackedItems, pack_items
 from jaxsearch.scoring.prefill import (
     PrefillScorer,
@@ -551,6 +551,60 @@ def test_a_plan_weighs_padding_against_compilation():
     many = plan([10, 50, 200], lists, buckets=Buckets(compile_flops=0), config=config)
     assert len({call.shape for call in few}) == 1
     assert len({call.shape for call in many}) > 1
+
+
+def test_choices_made_before_give_the_plan_that_makes_them_itself():
+    rng = np.random.default_rng(8)
+    config = preset("tiny_student", vocab_size=4096)
+    prefixes = rng.integers(5, 60, 40).tolist()  # more than a plan looks at
+    items = [rng.integers(5, 60, count).tolist() for count in rng.integers(0, 30, 40)]
+    sizes = {"buckets": Buckets(tokens=1024), "config": config, "kept": (48, 64)}
+    whole = plan(prefixes, items, **sizes)
+    choices = choose(prefixes, items, **sizes)
+    assert sorted(size for size, _ in choices) == [0, 48, 64]
+    again = plan(prefixes, items, **sizes, choices=choices)
+
+    def told(calls):
+        return [
+            (call.shape, [(u.query, *(x.tolist() for x in u[1:4]), u.shape) for u in call.units])
+            for call in calls
+        ]
+
+    assert told(again) == told(whole)
+    # Of other lists they leave nothing out either, whatever those look like.
+    for lists in ([[60] * 50] * 40, [[5]] * 40):
+        calls = plan(prefixes, lists, **sizes, choices=choices)
+        seen = sorted((unit.query, int(i)) for call in calls for unit in call.units for i in unit.items)
+        assert seen == [(q, i) for q, some in enumerate(lists) for i in range(len(some))]
+        assert all(call.shape.rows <= max(choice.rows for _, choice in choices) for call in calls)
+    with pytest.raises(ValueError, match="query 1, item 0 has 9000 tokens"):
+        choose([5, 5], [[5], [9000]], buckets=Buckets(), config=config)
+
+
+def test_a_scorer_compiles_what_pays_off_for_as_many_requests_as_it_has_had():
+    """A first request of one item leaves a shape of one row; lists of forty go through it, until a shape of their own is worth it."""
+    rng = np.random.default_rng(9)
+    prefix, item = rng.integers(0, VOCABULARY, P).tolist(), rng.integers(0, VOCABULARY, T).tolist()
+    items = [rng.integers(0, VOCABULARY, T).tolist() for _ in range(40)]
+    sizes = dataclasses.replace(SMALL, rows=(1, 40), tokens=1024, compile_flops=4e10)
+
+    def calls_of(prefill, some):
+        before = prefill.usage.calls
+        (found,) = prefill.score_lists([prefix], [some])
+        assert_same(found, expected_scores("grouped, wide heads", [prefix], [some])[0])
+        return prefill.usage.calls - before
+
+    learning = PrefillScorer(scorer(), buckets=sizes)
+    assert calls_of(learning, [item]) == 1
+    calls = [calls_of(learning, items) for _ in range(8)]
+    assert calls[0] == 40
+    assert calls[-1] == 1
+    assert calls == sorted(calls, reverse=True)
+    assert len(learning.compiled_shapes) == 2
+    expecting = PrefillScorer(scorer(), buckets=sizes, requests=1000)
+    assert [calls_of(expecting, some) for some in ([item], items)] == [1, 1]
+    with pytest.raises(InputError, match="requests is 0"):
+        PrefillScorer(scorer(), requests=0)
 
 
 def test_short_lists_are_put_together_since_every_call_costs_something():

@@ -8,7 +8,7 @@ import bisect
 import functools
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -245,6 +245,7 @@ def plan(
     compiled: Collection[Shape] = (),
     embeddings: Sequence[Lengths] | None = None,
     kept: Collection[int] = (),
+    choices: Collection[tuple[int, "Choice"]] = (),
 ) -> list[Call]:
     """The calls that score these queries at the least cost, compilation included.
 
@@ -257,9 +258,65 @@ def plan(
         embeddings: how many of each item's tokens are embeddings; default: none.
         kept: sizes of `buckets.prefix` for which the prefix's keys and values are given. Calls whose prefixes have one of
             these sizes hold no other size: what is kept is never padded again.
+        choices: of `choose`, if they are made already.
 
     Raises:
         ValueError: a length is 0 or beyond the largest bucket; the message names query and item.
+    """
+    calls, made = [], dict(choices)
+    for size, busy in _by_prefix(prefixes, items, buckets, kept).items():
+        known = _known(size, compiled)
+        alike, cost = _alike(size, buckets, config)
+        choice = made.get(size) or _choose_for(busy, prefixes, items, alike, cost, known)
+        found = _plan_alike(busy, prefixes, items, alike, cost, known, embeddings, choice)
+        calls += [call._replace(shape=call.shape._replace(kept=cost.kept)) for call in found]
+    return calls
+
+
+class Choice(NamedTuple):
+    """How the items of queries are laid out."""
+
+    row_length: int | None
+    """What items are packed into; None: one item per row."""
+    rows: int
+    """The most rows of a query in one call."""
+
+
+def choose(
+    prefixes: Lengths,
+    items: Sequence[Lengths],
+    *,
+    buckets: Buckets,
+    config: DecoderConfig,
+    compiled: Collection[Shape] = (),
+    kept: Collection[int] = (),
+) -> tuple[tuple[int, Choice], ...]:
+    """For each size of kept prefixes, and 0 for all other queries, what suits lists like these; arguments as for `plan`.
+
+    Making these choices takes most of a plan's time.
+    """
+    return tuple(
+        (size, _choose_for(busy, prefixes, items, *_alike(size, buckets, config), _known(size, compiled)))
+        for size, busy in _by_prefix(prefixes, items, buckets, kept).items()
+    )
+
+
+def _known(size: int, compiled: Collection[Shape]) -> set[Shape]:
+    """The compiled shapes of calls behind kept prefixes of this size, or (0) of those that compute their prefixes."""
+    return {
+        shape._replace(kept=False)
+        for shape in compiled
+        if shape.rows and shape.kept == (size > 0) and size in (0, shape.prefix)
+    }
+
+
+def _by_prefix(
+    prefixes: Lengths, items: Sequence[Lengths], buckets: Buckets, kept: Collection[int]
+) -> dict[int, list[int]]:
+    """Queries that have items, by the size of their prefix where it is kept, 0 for all others.
+
+    Raises:
+        ValueError: as `plan`.
     """
     for query, (prefix, lengths) in enumerate(zip(prefixes, items, strict=True)):
         check_length(f"query {query}: its prefix", prefix, buckets.prefix[-1])
@@ -270,18 +327,32 @@ def plan(
         if lengths:
             size = round_up(prefixes[query], buckets.prefix)
             groups[size if size in kept else 0].append(query)
-    calls = []
-    for size, busy in groups.items():
-        cost = Cost(config, buckets.tokens, size > 0)
-        alike = replace(buckets, prefix=(size,)) if size else buckets
-        known = {
-            shape._replace(kept=False)
-            for shape in compiled
-            if shape.rows and shape.kept == cost.kept and size in (0, shape.prefix)
-        }
-        found = _plan_alike(busy, prefixes, items, alike, cost, known, embeddings)
-        calls += [call._replace(shape=call.shape._replace(kept=cost.kept)) for call in found]
-    return calls
+    return groups
+
+
+def _alike(size: int, buckets: Buckets, config: DecoderConfig) -> tuple[Buckets, Cost]:
+    """Buckets and costs of queries whose prefixes are all kept and have this size, or (0) are all computed."""
+    return replace(buckets, prefix=(size,)) if size else buckets, Cost(config, buckets.tokens, size > 0)
+
+
+def _choose_for(
+    busy: list[int],
+    prefixes: Lengths,
+    items: Sequence[Lengths],
+    buckets: Buckets,
+    cost: Cost,
+    compiled: Collection[Shape],
+) -> Choice:
+    """What suits some of the queries, by a sample of them."""
+    sample = busy[:: math.ceil(len(busy) / _SAMPLE)]
+    return _choose(
+        [prefixes[query] for query in sample],
+        [items[query] for query in sample],
+        len(busy) / len(sample),
+        buckets,
+        cost,
+        compiled,
+    )
 
 
 def _plan_alike(
@@ -292,25 +363,18 @@ def _plan_alike(
     cost: Cost,
     compiled: Collection[Shape],
     embeddings: Sequence[Lengths] | None,
+    choice: Choice,
 ) -> list[Call]:
     """The calls for some of the queries, whose prefixes are all kept or all computed."""
-    sample = busy[:: math.ceil(len(busy) / _SAMPLE)]
-    row_length, rows = _choose(
-        [prefixes[query] for query in sample],
-        [items[query] for query in sample],
-        len(busy) / len(sample),
-        buckets,
-        cost,
-        compiled,
-    )
+    most = min(choice.rows, buckets.rows[-1])
     units = [
         unit
         for q in busy
         for unit in _units(
             q,
             prefixes[q],
-            _place(items[q], row_length, buckets, None if embeddings is None else embeddings[q]),
-            rows,
+            _place(items[q], choice.row_length, buckets, None if embeddings is None else embeddings[q]),
+            most,
             buckets,
         )
     ]
@@ -324,32 +388,42 @@ def _choose(
     buckets: Buckets,
     cost: Cost,
     compiled: Collection[Shape],
-) -> tuple[int | None, int]:
-    """The row length to pack into (None: one item per row) and the most rows per call, the cheapest pair.
-
-    Looks at a sample of queries; `factor` is how many there are for each of the sample.
-    """
+) -> Choice:
+    """What costs a sample of queries least; `factor` is how many there are for each of the sample."""
     known = {shape._replace(queries=1) for shape in compiled}
-    tokens, heads = sum(map(sum, items)), sum(map(cost.prefix, prefixes))
-    best: tuple[float, int | None, int] = (math.inf, None, 1)
+    tokens, heads, price = sum(map(sum, items)), sum(map(cost.prefix, prefixes)), functools.cache(cost.query)
+    best, chosen = math.inf, Choice(None, 1)
     for row_length in (None, *buckets.row_length):
-        if row_length and factor * (heads + tokens * cost.token(min(prefixes) + row_length)) >= best[0]:
+        least = min(prefixes) + (row_length or min(map(min, items)))  # keys that a token meets
+        if row_length and factor * (heads + tokens * cost.token(least)) >= best:
             break  # not even without padding, and in longer rows a token meets more keys
         placed = [_place(lengths, row_length, buckets) for lengths in items]
+        # Lists of short items are often alike but for what rounding takes away.
+        alike = Counter(
+            (round_up(prefix, buckets.prefix), tuple(placement.longest), placement.shared)
+            for prefix, placement in zip(prefixes, placed, strict=True)
+        )
         longest = round_up(min(max(len(p.longest) for p in placed), buckets.rows[-1]), buckets.rows)
-        for most in (rows for rows in buckets.rows if rows <= longest):
+        for most in (rows for rows in reversed(buckets.rows) if rows <= longest):
+            cut = sum(
+                math.ceil(len(rows) / most) * cost.prefix(prefix) * n
+                for (prefix, rows, _), n in alike.items()
+            )
+            if factor * (cut + tokens * cost.token(least)) >= best:
+                break  # fewer rows a call compute the prefixes more often still
             counts: dict[Shape, int] = defaultdict(int)
-            for prefix, placement in zip(prefixes, placed, strict=True):
-                for shape in placement.shapes(round_up(prefix, buckets.prefix), most, buckets):
-                    counts[shape] += 1
+            for (prefix, lengths, shared), queries in alike.items():
+                for shape in _shapes(prefix, lengths, None, shared, most, buckets):
+                    counts[shape] += queries
             one = functools.reduce(join, counts)
             for shapes in (counts, {one: sum(counts.values())}):
                 total = sum(
-                    factor * count * cost.query(shape) + buckets.compile_flops * (shape not in known)
+                    factor * count * price(shape) + buckets.compile_flops * (shape not in known)
                     for shape, count in shapes.items()
                 )
-                best = min(best, (total, row_length, most), key=lambda option: option[0])
-    return best[1:]
+                if total < best:
+                    best, chosen = total, Choice(row_length, most)
+    return chosen
 
 
 class _Placement(NamedTuple):
@@ -361,27 +435,34 @@ class _Placement(NamedTuple):
     """int [L], ascending."""
     columns: NDArray
     """int [L]."""
-    longest: NDArray
-    """int [rows], the length that each row needs, ascending."""
+    longest: list[int]
+    """The length that each row needs, rounded up; ascending."""
     embeddings: NDArray
     """int [rows], how many stand in each row."""
     shared: bool
     """Whether items may share a row."""
 
     def shapes(self, prefix: int, most: int, buckets: Buckets) -> list[Shape]:
-        """What calls of at most `most` rows need, one shape per call."""
-        ends = [*range(most, len(self.longest), most), len(self.longest)]
-        return [
-            Shape(
-                1,
-                prefix,
-                round_up(end - start, buckets.rows),
-                round_up(int(self.longest[end - 1]), buckets.row_length),
-                buckets.table(int(self.embeddings[start:end].sum())),
-                self.shared,
-            )
-            for start, end in zip([0, *ends], ends, strict=False)
-        ]
+        """What calls of at most `most` rows need, one shape per call, behind a prefix of one of the sizes."""
+        return _shapes(prefix, self.longest, self.embeddings, self.shared, most, buckets)
+
+
+def _shapes(
+    prefix: int, longest: Lengths, embeddings: NDArray | None, shared: bool, most: int, buckets: Buckets
+) -> list[Shape]:
+    """As `_Placement.shapes`; without embeddings if they are None."""
+    ends = [*range(most, len(longest), most), len(longest)]
+    return [
+        Shape(
+            1,
+            prefix,
+            round_up(end - start, buckets.rows),
+            longest[end - 1],
+            0 if embeddings is None else buckets.table(int(embeddings[start:end].sum())),
+            shared,
+        )
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
 
 
 def _place(
@@ -391,13 +472,14 @@ def _place(
     sizes = np.asarray(lengths)
     if row_length is None:
         order = np.argsort(sizes, kind="stable")
-        rows, columns, longest = np.arange(len(sizes)), np.zeros_like(sizes), sizes[order]
+        rows, columns = np.arange(len(sizes)), np.zeros_like(sizes)
+        longest = [round_up(size, buckets.row_length) for size in sizes[order].tolist()]
     else:
-        row_length = max(row_length, round_up(max(lengths), buckets.row_length))
+        row_length = round_up(max(row_length, *lengths), buckets.row_length)
         found, starts = assign_rows(sizes, row_length, most=buckets.per_row(row_length))
         order = np.argsort(found, kind="stable")
         rows, columns = found[order], starts[order]
-        longest = np.full(rows[-1] + 1, row_length)
+        longest = [row_length] * (int(rows[-1]) + 1)
     held = np.zeros(len(longest), np.int64)
     if embeddings is not None:
         np.add.at(held, rows, np.asarray(embeddings)[order])
@@ -423,8 +505,10 @@ def _calls(units: list[Unit], buckets: Buckets, cost: Cost, compiled: Collection
     for shape in known:
         groups.setdefault(shape, [])
 
+    price = functools.cache(cost.query)
+
     def total(shape: Shape, count: int) -> float:
-        return count * cost.query(shape) + buckets.compile_flops * (count > 0 and shape not in known)
+        return count * price(shape) + buckets.compile_flops * (count > 0 and shape not in known)
 
     def gain(one: Shape, two: Shape) -> float:
         n, m = len(groups[one]), len(groups[two])

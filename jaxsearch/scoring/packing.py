@@ -105,15 +105,19 @@ def assign_rows(
     rows, columns = [0] * len(sizes), [0] * len(sizes)
     used: list[int] = []
     held: list[int] = []
-    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        free = row_length - sizes[item]
-        row = next((r for r, taken in enumerate(used) if taken <= free), len(used))
+    full, smallest = 0, min(sizes, default=0)  # so many rows at the front hold nothing more
+    for item in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        row, free = full, row_length - sizes[item]
+        while row < len(used) and used[row] > free:
+            row += 1
         if row == len(used):
             used.append(0)
             held.append(0)
         rows[item], columns[item] = row, used[row]
         held[row] += 1
         used[row] = row_length if held[row] == most else used[row] + sizes[item]
+        while full < len(used) and used[full] + smallest > row_length:
+            full += 1
     return np.array(rows, np.int64), np.array(columns, np.int64)
 
 

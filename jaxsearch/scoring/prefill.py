@@ -13,7 +13,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -31,9 +31,11 @@ from jaxsearch.numerics import wide
 from jaxsearch.scoring.buckets import (
     Buckets,
     Call,
+    Choice,
     Shape,
     Unit,
     check_length,
+    choose,
     join,
     plan,
     prefix_alone,
@@ -260,9 +262,13 @@ def read_labels(scorer: Scorer, hidden: jax.Array) -> jax.Array:
     return jnp.einsum("...D,CD->...C", hidden.astype(wide()), scorer.label_matrix(), precision="highest")
 
 
+Choices = tuple[tuple[int, Choice], ...]
+"""Of `jaxsearch.scoring.buckets.choose`."""
 _Arrays = TypeVar("_Arrays", Prefix, PackedItems)
 # Requests of MixLM are alike but for their numbers: planning 250 items takes longer than looking the plan up.
-_plan = functools.lru_cache(maxsize=16)(plan)
+_plan = functools.lru_cache(maxsize=256)(plan)
+MOST_REPEATS = 1024
+"""A scorer that is not settled expects as many requests as it has had to come, up to so many, and compiles what pays off for them."""
 
 
 class PrefillScorer:
@@ -283,6 +289,7 @@ class PrefillScorer:
         unrolled: bool = False,
         int8: bool = False,
         prefix_cache: PrefixCacheConfig | None = None,
+        requests: int = 1,
     ):
         """Hold the scorer's weights as they are now; `update` brings later ones.
 
@@ -297,11 +304,16 @@ class PrefillScorer:
                 `jaxsearch.models.decoder.unstack`).
             int8: hold the layers' matrices in eight bits (see `jaxsearch.models.int8`); needs the package qwix.
             prefix_cache: which prefixes are kept from call to call, and how many; not with a mesh. Default: none.
+            requests: how many like the first ones are expected at least. The more there are, the sooner a shape of their own is
+                worth compiling. Unless settled, as many as came are expected again, up to `MOST_REPEATS`.
 
         Raises:
-            InputError: the backend is unknown, or cannot be split over a mesh, which has other axes; `prefix_cache` is something else.
+            InputError: `requests` is below 1, the backend is unknown, or cannot be split over a mesh, which has other axes;
+                `prefix_cache` is something else.
         """
         check_backend(backend)
+        if requests < 1:
+            raise InputError(f"requests is {requests}: give at least 1")
         if mesh is not None and (not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES)):
             raise InputError(
                 f"mesh is {mesh!r}: give a mesh with the axes {', '.join(AXES)}, as of `make_mesh`"
@@ -331,6 +343,9 @@ class PrefillScorer:
         self.labels: int = labels.shape[0]
         self._programs: dict[Shape, jax.stages.Compiled] = {}
         self._settled: tuple[Shape, ...] | None = None
+        self._settled_choices: Choices = ()
+        self._choices: dict[tuple[int, ...], Choices] = {}
+        self._expected, self._requests = requests, 0
 
     def _place(self, state: nnx.State) -> nnx.State:
         """The weights on the mesh, or where they are."""
@@ -434,9 +449,10 @@ class PrefillScorer:
             The shapes; `compiled_shapes` stays the same afterwards.
         """
         lists = list(zip(prefixes, items, strict=True))
-        calls = self._plan(prefixes, items, ())
+        choices = self._choose(prefixes, items)
+        calls = self._plan(prefixes, items, (), choices)
         for prefix, candidates in lists:
-            calls += self._plan([prefix], [candidates], [call.shape for call in calls])
+            calls += self._plan([prefix], [candidates], [call.shape for call in calls], choices)
         if not calls:
             raise InputError("there is nothing to warm up with: give at least one list with an item")
         shapes = list(dict.fromkeys(call.shape for call in calls))
@@ -455,7 +471,7 @@ class PrefillScorer:
         for shape in shapes:
             self.program(shape)
         self.buckets = self.buckets.only([shape for shape in shapes if shape.rows])
-        self._settled = tuple(shapes)
+        self._settled, self._settled_choices = tuple(shapes), choices
         return self.compiled_shapes
 
     @property
@@ -522,25 +538,69 @@ class PrefillScorer:
             prefixes: as in `score_lists`.
             items: as in `score_lists`.
         """
-        self._settled = tuple(dict.fromkeys(call.shape for call in self._plan(prefixes, items, ())))
+        self._settled_choices = self._choose(prefixes, items)
+        calls = self._plan(prefixes, items, (), self._settled_choices)
+        self._settled = tuple(dict.fromkeys(call.shape for call in calls))
 
     def _plan(
         self,
         prefixes: Sequence[Sequence[int]],
         items: Sequence[Sequence[Item]],
         compiled: Sequence[Shape],
+        choices: Choices,
+        buckets: Buckets | None = None,
     ) -> list[Call]:
         embeddings = tuple(tuple(count_embeddings(candidates)) for candidates in items)
         found = _plan(
             tuple(map(len, prefixes)),
             tuple(tuple(map(len, candidates)) for candidates in items),
-            buckets=self.buckets,
+            buckets=self.buckets if buckets is None else buckets,
             config=self.config,
             compiled=tuple(compiled),
             embeddings=embeddings if any(map(any, embeddings)) else None,
-            kept=tuple(filter(self.prefix_cache.keeps, self.buckets.prefix)),
+            kept=self._kept_sizes(),
+            choices=choices,
         )
         return list(found)
+
+    def _kept_sizes(self) -> tuple[int, ...]:
+        return tuple(filter(self.prefix_cache.keeps, self.buckets.prefix))
+
+    def _choose(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        items: Sequence[Sequence[Item]],
+        compiled: Sequence[Shape] = (),
+        buckets: Buckets | None = None,
+    ) -> Choices:
+        return choose(
+            list(map(len, prefixes)),
+            [list(map(len, candidates)) for candidates in items],
+            buckets=self.buckets if buckets is None else buckets,
+            config=self.config,
+            compiled=compiled,
+            kept=self._kept_sizes(),
+        )
+
+    def _plan_request(self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]) -> list[Call]:
+        """The calls of a request: by what is settled, or else by what requests have been so far.
+
+        Were each request planned as if it were the last, a shape that suits the first one would never pay off to be compiled for
+        the thousands that follow, though all of them were padded to another.
+        """
+        if self._settled is not None:
+            return self._plan(prefixes, items, self._settled, self._settled_choices)
+        repeats = max(self._expected, min(1 << self._requests.bit_length(), MOST_REPEATS))
+        self._requests += 1
+        buckets = replace(self.buckets, compile_flops=self.buckets.compile_flops / repeats)
+        # Requests of about one size share their choices, which is thought over each time that twice as many have come.
+        longest = max((len(item) for candidates in items for item in candidates), default=0)
+        sizes = len(items), max(map(len, items), default=0), longest, max(map(len, prefixes), default=0)
+        key = (repeats, *(size.bit_length() for size in sizes))
+        shapes = self.compiled_shapes
+        if key not in self._choices:
+            self._choices[key] = self._choose(prefixes, items, shapes, buckets)
+        return self._plan(prefixes, items, shapes, self._choices[key], buckets)
 
     def score_lists(
         self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
@@ -566,8 +626,7 @@ class PrefillScorer:
                 f"items has {len(items)} lists: prefixes has {len(prefixes)}, give one per query"
             )
         self._check_widths(items)
-        known = self.compiled_shapes if self._settled is None else self._settled
-        calls = self._plan(prefixes, items, known)
+        calls = self._plan_request(prefixes, items)
         found = [np.zeros((len(candidates), self.labels), np.float32) for candidates in items]
         running: deque[tuple[list[Unit], jax.Array]] = deque()
         for call in calls:
