@@ -603,6 +603,12 @@ def test_a_scorer_compiles_what_pays_off_for_as_many_requests_as_it_has_had():
     assert len(learning.compiled_shapes) == 2
     expecting = PrefillScorer(scorer(), buckets=sizes, requests=1000)
     assert [calls_of(expecting, some) for some in ([item], items)] == [1, 1]
+    # Settled for one request, an item alone is padded to forty.
+    for requests, shapes in ((1, 1), (1000, 2)):
+        settled = PrefillScorer(scorer(), buckets=sizes, requests=requests)
+        settled.settle([prefix] * 2, [[item], items])
+        assert [calls_of(settled, some) for some in ([item], items)] == [1, 1]
+        assert len(settled.compiled_shapes) == shapes
     with pytest.raises(InputError, match="requests is 0"):
         PrefillScorer(scorer(), requests=0)
 

@@ -266,7 +266,7 @@ Choices = tuple[tuple[int, Choice], ...]
 """Of `jaxsearch.scoring.buckets.choose`."""
 _Arrays = TypeVar("_Arrays", Prefix, PackedItems)
 # Requests of MixLM are alike but for their numbers: planning 250 items takes longer than looking the plan up.
-_plan = functools.lru_cache(maxsize=256)(plan)
+_plan = functools.lru_cache(maxsize=32)(plan)
 MOST_REPEATS = 1024
 """A scorer that is not settled expects as many requests as it has had to come, up to so many, and compiles what pays off for them."""
 
@@ -449,10 +449,11 @@ class PrefillScorer:
             The shapes; `compiled_shapes` stays the same afterwards.
         """
         lists = list(zip(prefixes, items, strict=True))
-        choices = self._choose(prefixes, items)
-        calls = self._plan(prefixes, items, (), choices)
+        worth = self._worth(self._expected)
+        choices = self._choose(prefixes, items, (), worth)
+        calls = self._plan(prefixes, items, (), choices, worth)
         for prefix, candidates in lists:
-            calls += self._plan([prefix], [candidates], [call.shape for call in calls], choices)
+            calls += self._plan([prefix], [candidates], [call.shape for call in calls], choices, worth)
         if not calls:
             raise InputError("there is nothing to warm up with: give at least one list with an item")
         shapes = list(dict.fromkeys(call.shape for call in calls))
@@ -538,8 +539,9 @@ class PrefillScorer:
             prefixes: as in `score_lists`.
             items: as in `score_lists`.
         """
-        self._settled_choices = self._choose(prefixes, items)
-        calls = self._plan(prefixes, items, (), self._settled_choices)
+        worth = self._worth(self._expected)
+        self._settled_choices = self._choose(prefixes, items, (), worth)
+        calls = self._plan(prefixes, items, (), self._settled_choices, worth)
         self._settled = tuple(dict.fromkeys(call.shape for call in calls))
 
     def _plan(
@@ -548,13 +550,13 @@ class PrefillScorer:
         items: Sequence[Sequence[Item]],
         compiled: Sequence[Shape],
         choices: Choices,
-        buckets: Buckets | None = None,
+        buckets: Buckets,
     ) -> list[Call]:
         embeddings = tuple(tuple(count_embeddings(candidates)) for candidates in items)
         found = _plan(
             tuple(map(len, prefixes)),
             tuple(tuple(map(len, candidates)) for candidates in items),
-            buckets=self.buckets if buckets is None else buckets,
+            buckets=buckets,
             config=self.config,
             compiled=tuple(compiled),
             embeddings=embeddings if any(map(any, embeddings)) else None,
@@ -563,6 +565,10 @@ class PrefillScorer:
         )
         return list(found)
 
+    def _worth(self, requests: int) -> Buckets:
+        """The closed set, where so many requests share the price of a compilation."""
+        return replace(self.buckets, compile_flops=self.buckets.compile_flops / requests)
+
     def _kept_sizes(self) -> tuple[int, ...]:
         return tuple(filter(self.prefix_cache.keeps, self.buckets.prefix))
 
@@ -570,13 +576,13 @@ class PrefillScorer:
         self,
         prefixes: Sequence[Sequence[int]],
         items: Sequence[Sequence[Item]],
-        compiled: Sequence[Shape] = (),
-        buckets: Buckets | None = None,
+        compiled: Sequence[Shape],
+        buckets: Buckets,
     ) -> Choices:
         return choose(
             list(map(len, prefixes)),
             [list(map(len, candidates)) for candidates in items],
-            buckets=self.buckets if buckets is None else buckets,
+            buckets=buckets,
             config=self.config,
             compiled=compiled,
             kept=self._kept_sizes(),
@@ -589,10 +595,10 @@ class PrefillScorer:
         the thousands that follow, though all of them were padded to another.
         """
         if self._settled is not None:
-            return self._plan(prefixes, items, self._settled, self._settled_choices)
+            return self._plan(prefixes, items, self._settled, self._settled_choices, self.buckets)
         repeats = max(self._expected, min(1 << self._requests.bit_length(), MOST_REPEATS))
         self._requests += 1
-        buckets = replace(self.buckets, compile_flops=self.buckets.compile_flops / repeats)
+        buckets = self._worth(repeats)
         # Requests of about one size share their choices, which is thought over each time that twice as many have come.
         longest = max((len(item) for candidates in items for item in candidates), default=0)
         sizes = len(items), max(map(len, items), default=0), longest, max(map(len, prefixes), default=0)
