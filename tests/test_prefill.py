@@ -19,7 +19,7 @@ from jaxsearch.models.attention import Causal
 from jaxsearch.models.decoder import Decoder, DecoderConfig
 from jaxsearch.models.presets import preset
 from jaxsearch.scoring import buckets as buckets_module
-from jaxsearch.scoring.buckets import Buckets, Shape, choose, plan, steps
+from jaxsearch.scoring.buckets import Buckets, Choice, Shape, choose, plan, steps
 from jaxsearch.scoring.packing import EmbeddedItem, PackedItems, pack_items
 from jaxsearch.scoring.prefill import (
     PrefillScorer,
@@ -573,10 +573,14 @@ def test_choices_made_before_give_the_plan_that_makes_them_itself():
     assert told(again) == told(whole)
     # Of other lists they leave nothing out either, whatever those look like.
     for lists in ([[60] * 50] * 40, [[5]] * 40):
-        calls = plan(prefixes, lists, **sizes, choices=choices)
+        calls = plan(prefixes, lists, **sizes, choices=[(0, Choice(96, 3)), (48, Choice(None, 2))])
         seen = sorted((unit.query, int(i)) for call in calls for unit in call.units for i in unit.items)
         assert seen == [(q, i) for q, some in enumerate(lists) for i in range(len(some))]
-        assert all(call.shape.rows <= max(choice.rows for _, choice in choices) for call in calls)
+        most = {call.shape.rows for call in calls if call.shape.prefix == 48 and call.shape.kept}
+        assert most == {min(2, len(lists[0]))}
+    # Lists that were not cut do not say that longer ones should be.
+    ((_, choice),) = choose([300] * 4, [[20] * 2] * 4, buckets=Buckets(), config=config)
+    assert choice.rows == Buckets().rows[-1]
     with pytest.raises(ValueError, match="query 1, item 0 has 9000 tokens"):
         choose([5, 5], [[5], [9000]], buckets=Buckets(), config=config)
 
@@ -609,6 +613,20 @@ def test_a_scorer_compiles_what_pays_off_for_as_many_requests_as_it_has_had():
         settled.settle([prefix] * 2, [[item], items])
         assert [calls_of(settled, some) for some in ([item], items)] == [1, 1]
         assert len(settled.compiled_shapes) == shapes
+    # Bits of settled scorers do not depend on what came before.
+    histories = []
+    for before in ([], [[item], items, items[:7]]):
+        settled = PrefillScorer(scorer(), buckets=sizes)
+        for some in before:
+            settled.score_lists([prefix], [some])
+        settled.settle([prefix] * 2, [items[:9], items[:2]])
+        histories.append(settled.score_lists([prefix], [items[:5]])[0])
+    assert np.array_equal(*histories)
+    for refused in (expecting.settle, expecting.warm_up, expecting.score_lists):
+        with pytest.raises(ValueError, match="query 0, item 1 has 99 tokens: give 1 to"):
+            refused([prefix], [[[1], [1] * 99]])
+    assert expecting.score_lists([prefix], [[]])[0].shape == (0, expecting.labels)
+    assert expecting.score_lists([], []) == []
     with pytest.raises(InputError, match="requests is 0"):
         PrefillScorer(scorer(), requests=0)
 

@@ -301,6 +301,13 @@ def choose(
     )
 
 
+def prefix_sizes(
+    prefixes: Lengths, items: Sequence[Lengths], buckets: Buckets, kept: Collection[int]
+) -> tuple[int, ...]:
+    """For which sizes `choose` makes a choice, ascending; arguments and errors as for `plan`."""
+    return tuple(sorted(_by_prefix(prefixes, items, buckets, kept)))
+
+
 def _known(size: int, compiled: Collection[Shape]) -> set[Shape]:
     """The compiled shapes of calls behind kept prefixes of this size, or (0) of those that compute their prefixes."""
     return {
@@ -422,7 +429,8 @@ def _choose(
                     for shape, count in shapes.items()
                 )
                 if total < best:
-                    best, chosen = total, Choice(row_length, most)
+                    # Where no list here was cut, none that is longer need be.
+                    best, chosen = total, Choice(row_length, buckets.rows[-1] if most == longest else most)
     return chosen
 
 

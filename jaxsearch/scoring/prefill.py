@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -39,6 +39,7 @@ from jaxsearch.scoring.buckets import (
     join,
     plan,
     prefix_alone,
+    prefix_sizes,
     round_up,
     steps,
 )
@@ -268,7 +269,7 @@ _Arrays = TypeVar("_Arrays", Prefix, PackedItems)
 # Requests of MixLM are alike but for their numbers: planning 250 items takes longer than looking the plan up.
 _plan = functools.lru_cache(maxsize=32)(plan)
 MOST_REPEATS = 1024
-"""A scorer that is not settled expects as many requests as it has had to come, up to so many, and compiles what pays off for them."""
+"""A scorer that is not settled expects about as many requests of a size as it has had, up to so many, and compiles what pays off then."""
 
 
 class PrefillScorer:
@@ -304,8 +305,9 @@ class PrefillScorer:
                 `jaxsearch.models.decoder.unstack`).
             int8: hold the layers' matrices in eight bits (see `jaxsearch.models.int8`); needs the package qwix.
             prefix_cache: which prefixes are kept from call to call, and how many; not with a mesh. Default: none.
-            requests: how many like the first ones are expected at least. The more there are, the sooner a shape of their own is
-                worth compiling. Unless settled, as many as came are expected again, up to `MOST_REPEATS`.
+            requests: how many like each are expected at least. The more there are, the sooner a shape of their own is worth
+                compiling. Unless `settle` or `warm_up` chose the shapes, about as many of a size as came are expected again, up to
+                `MOST_REPEATS`.
 
         Raises:
             InputError: `requests` is below 1, the backend is unknown, or cannot be split over a mesh, which has other axes;
@@ -342,10 +344,11 @@ class PrefillScorer:
         labels = jax.eval_shape(lambda state: nnx.merge(self._graphdef, state).label_matrix(), self._state)
         self.labels: int = labels.shape[0]
         self._programs: dict[Shape, jax.stages.Compiled] = {}
-        self._settled: tuple[Shape, ...] | None = None
-        self._settled_choices: Choices = ()
-        self._choices: dict[tuple[int, ...], Choices] = {}
-        self._expected, self._requests = requests, 0
+        self._settled: tuple[tuple[Shape, ...], Choices] | None = None
+        self._warm: tuple[Shape, ...] = ()
+        self._expected = requests
+        self._seen: Counter[tuple[int, ...]] = Counter()
+        self._choices: dict[tuple[int, ...], tuple[int, Choices]] = {}
 
     def _place(self, state: nnx.State) -> nnx.State:
         """The weights on the mesh, or where they are."""
@@ -437,7 +440,7 @@ class PrefillScorer:
     ) -> tuple[Shape, ...]:
         """Compile what lists like these need, and nothing else from then on: before the first request.
 
-        The shapes are those of each list alone and of all together, and one that holds the longest prefix with the
+        The shapes are those of each list alone and of all together, laid out alike, and one that holds the longest prefix with the
         most rows of the longest items; of prefixes that are kept, one for each length that they are padded to, and one
         that computes them. Whatever is longer is refused from then on.
 
@@ -472,7 +475,8 @@ class PrefillScorer:
         for shape in shapes:
             self.program(shape)
         self.buckets = self.buckets.only([shape for shape in shapes if shape.rows])
-        self._settled, self._settled_choices = tuple(shapes), choices
+        self._warm = tuple(shapes)
+        self._settled = self._warm, choices
         return self.compiled_shapes
 
     @property
@@ -530,7 +534,7 @@ class PrefillScorer:
         return state
 
     def settle(self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]) -> None:
-        """Choose the shapes for lists like these, and from now on plan as if exactly these were compiled.
+        """Choose the shapes for lists like these and how items are laid out, and from now on plan as if exactly these were compiled.
 
         The same lists then give the same bits, whatever was scored before them and in whichever process: what a
         resumable job needs. Without it shapes that happen to be compiled are preferred.
@@ -540,9 +544,9 @@ class PrefillScorer:
             items: as in `score_lists`.
         """
         worth = self._worth(self._expected)
-        self._settled_choices = self._choose(prefixes, items, (), worth)
-        calls = self._plan(prefixes, items, (), self._settled_choices, worth)
-        self._settled = tuple(dict.fromkeys(call.shape for call in calls))
+        choices = self._choose(prefixes, items, self._warm, worth)
+        calls = self._plan(prefixes, items, self._warm, choices, worth)
+        self._settled = tuple(dict.fromkeys([*self._warm, *(call.shape for call in calls)])), choices
 
     def _plan(
         self,
@@ -595,18 +599,27 @@ class PrefillScorer:
         the thousands that follow, though all of them were padded to another.
         """
         if self._settled is not None:
-            return self._plan(prefixes, items, self._settled, self._settled_choices, self.buckets)
-        repeats = max(self._expected, min(1 << self._requests.bit_length(), MOST_REPEATS))
-        self._requests += 1
-        buckets = self._worth(repeats)
-        # Requests of about one size share their choices, which is thought over each time that twice as many have come.
-        longest = max((len(item) for candidates in items for item in candidates), default=0)
-        sizes = len(items), max(map(len, items), default=0), longest, max(map(len, prefixes), default=0)
-        key = (repeats, *(size.bit_length() for size in sizes))
-        shapes = self.compiled_shapes
-        if key not in self._choices:
-            self._choices[key] = self._choose(prefixes, items, shapes, buckets)
-        return self._plan(prefixes, items, shapes, self._choices[key], buckets)
+            shapes, choices = self._settled
+            return self._plan(prefixes, items, shapes, choices, self.buckets)
+        lengths = [list(map(len, candidates)) for candidates in items]
+        groups = prefix_sizes(list(map(len, prefixes)), lengths, self.buckets, self._kept_sizes())
+        if not groups:
+            return []
+        # Requests of about one size share their choices, which are made again whenever a compilation has become worth more.
+        sizes = (
+            len(items),
+            max(map(len, lengths)),
+            max(map(max, filter(None, lengths))),
+            sum(map(sum, lengths)),
+        )
+        key = (*groups, *(size.bit_length() for size in (*sizes, max(map(len, prefixes)))))
+        repeats = max(self._expected, min(1 << self._seen[key].bit_length(), MOST_REPEATS))
+        self._seen[key] += 1
+        worth, shapes = self._worth(repeats), self.compiled_shapes
+        known = self._choices.get(key)
+        if known is None or known[0] != repeats:
+            known = self._choices[key] = repeats, self._choose(prefixes, items, shapes, worth)
+        return self._plan(prefixes, items, shapes, known[1], worth)
 
     def score_lists(
         self, prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
