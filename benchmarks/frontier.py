@@ -459,6 +459,7 @@ def _ready(
     some = some[: max(3, int(seconds / max(time.perf_counter() - started, 1e-4)))]
     _compile(contender, some)
     # As a server does once it is warm: else Python's collector looks at all models and documents again and again, .3 s each time.
+    gc.unfreeze()  # what was timed before may go
     gc.collect()
     gc.freeze()
     return some, [sum(map(len, lists)) for _, lists in some]
