@@ -558,8 +558,7 @@ class PrefillScorer:
     ) -> list[Call]:
         embeddings = tuple(tuple(count_embeddings(candidates)) for candidates in items)
         found = _plan(
-            tuple(map(len, prefixes)),
-            tuple(tuple(map(len, candidates)) for candidates in items),
+            *_lengths(prefixes, items),
             buckets=buckets,
             config=self.config,
             compiled=tuple(compiled),
@@ -584,8 +583,7 @@ class PrefillScorer:
         buckets: Buckets,
     ) -> Choices:
         return choose(
-            list(map(len, prefixes)),
-            [list(map(len, candidates)) for candidates in items],
+            *_lengths(prefixes, items),
             buckets=buckets,
             config=self.config,
             compiled=compiled,
@@ -601,8 +599,8 @@ class PrefillScorer:
         if self._settled is not None:
             shapes, choices = self._settled
             return self._plan(prefixes, items, shapes, choices, self.buckets)
-        lengths = [list(map(len, candidates)) for candidates in items]
-        groups = prefix_sizes(list(map(len, prefixes)), lengths, self.buckets, self._kept_sizes())
+        heads, lengths = _lengths(prefixes, items)
+        groups = prefix_sizes(heads, lengths, self.buckets, self._kept_sizes())
         if not groups:
             return []
         # Requests of about one size share their choices, which are made again whenever a compilation has become worth more.
@@ -612,7 +610,7 @@ class PrefillScorer:
             max(map(max, filter(None, lengths))),
             sum(map(sum, lengths)),
         )
-        key = (*groups, *(size.bit_length() for size in (*sizes, max(map(len, prefixes)))))
+        key = (*groups, *(size.bit_length() for size in (*sizes, max(heads))))
         repeats = max(self._expected, min(1 << self._seen[key].bit_length(), MOST_REPEATS))
         self._seen[key] += 1
         worth, shapes = self._worth(repeats), self.compiled_shapes
@@ -757,6 +755,13 @@ class Usage:
     def padding(self) -> float:
         """Share of the computed tokens that nobody asked for."""
         return 1 - self.tokens / self.computed if self.computed else 0.0
+
+
+def _lengths(
+    prefixes: Sequence[Sequence[int]], items: Sequence[Sequence[Item]]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Each query's number of prefix tokens, and of tokens per item."""
+    return tuple(map(len, prefixes)), tuple(tuple(map(len, candidates)) for candidates in items)
 
 
 def use_compilation_cache(folder: str | os.PathLike[str]) -> None:
