@@ -46,6 +46,7 @@ from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
 
 VARIANT = "tiny"
 TOKENS = (5, 10, 20, 50)
+WORDS = (1, 5, 20)
 FROM_RANKER = ("--task.encoder.init-from", "FUNNEL/ranker/model")
 ARMS: dict[str, tuple[str, ...]] = {
     "full": (),
@@ -59,12 +60,14 @@ ARMS: dict[str, tuple[str, ...]] = {
     "encoder_ranker": FROM_RANKER,
     "encoder_ranker_5": ("--task.tokens", "5", *FROM_RANKER),
     "long_first_5": ("--task.tokens", "5", *FROM_RANKER, "--task.curriculum", "0.5"),
+    **{f"words_{n}": ("--task.tokens", str(n), "--task.encoder.init-from", "WORDS") for n in WORDS},
     "stage_1": ("--task.tokens", "5", "--task.model.init-from", "STAGE_1"),
     "no_stage_1": ("--task.tokens", "5", "--task.model.init-from", "FUNNEL/base_student/model"),
 }
 """What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank.
 `encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever; `long_first_5`: so,
-and half of the steps in the first phase. `stage_1`, as in the paper: the ranker starts from that language model after it learned the
+and half of the steps in the first phase. `words_N`: N embeddings, the encoder first learns the document's words (`configs/encoder.py`).
+`stage_1`, as in the paper: the ranker starts from that language model after it learned the
 judge's grades and reasons; `no_stage_1`: without that. These two have five embeddings, and the teacher of all other arms.
 """
 PAPER = {
@@ -138,6 +141,15 @@ class Bench:
         )  # fmt: skip
         return self.workdir / name / "model"
 
+    def words(self, tokens: str, seed: int) -> Path:
+        """Folder of an encoder that learned to say a document's words in the ranker's token embeddings."""
+        name = f"encoder_{tokens}_{seed}"
+        self.demo.train(
+            name, "encoder.py:tiny", "--task.model.init-from", str(self.funnel / "retriever/model"),
+            "--task.ranker", str(self.funnel / "ranker/model"), "--task.tokens", tokens,
+        )  # fmt: skip
+        return self.workdir / name / "model"
+
     def train(self, arm: str, seed: int) -> tuple[Model, Model]:
         """Ranker and encoder of an arm."""
         self.stage("ranker")
@@ -145,6 +157,9 @@ class Bench:
         changes = [part.replace("FUNNEL", str(self.funnel)) for part in ARMS[arm]]
         if "STAGE_1" in changes:
             changes[changes.index("STAGE_1")] = str(self.stage_1(seed))
+        if "WORDS" in changes:
+            tokens = changes[changes.index("--task.tokens") + 1]
+            changes[changes.index("WORDS")] = str(self.words(tokens, seed))
         for part, start in (("model", "ranker"), ("encoder", "retriever")):
             if f"--task.{part}.init-from" not in changes:
                 changes += [f"--task.{part}.init-from", str(self.funnel / start / "model")]
