@@ -25,6 +25,7 @@ ALL = [(name, variant) for name in TEXTS for variant in variants(name)]
 
 def test_there_is_a_config_for_every_stage() -> None:
     stages = {"base", "judge", "retriever", "relevance_teacher", "engagement_teacher", "ranker"}
+    stages |= {"encoder", "mixlm"}
     assert stages <= set(TEXTS)
     assert all((name, "tiny") in ALL for name in stages)
 

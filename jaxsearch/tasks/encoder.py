@@ -73,7 +73,9 @@ class EncoderTask(Task):
 
     def __init__(self, config: EncoderConfig, data: Dataset):
         if not config.ranker:
-            raise ConfigError("task.ranker is empty: give the model folder of the ranker that MixLM starts from")
+            raise ConfigError(
+                "task.ranker is empty: give the model folder of the ranker that MixLM starts from"
+            )
         self.config, self.data = config, data
         ranker = load_model(config.ranker)
         if not isinstance(ranker.module, Scorer) or "pair" not in ranker.contract.prompts:
@@ -152,7 +154,9 @@ class EncoderTask(Task):
         model.fit_scale(jnp.asarray(self._table))
         documents = list(self.data.documents[:3])
         embeddings = DocumentEmbedder(model, self.start.tokenizer, self.config.prompt)(documents)
-        queries = [self.data.queries["dev"][0]] * len(documents)  # a golden pair names one, an encoder reads none
+        queries = [self.data.queries["dev"][0]] * len(
+            documents
+        )  # a golden pair names one, an encoder reads none
         contract = Contract(
             kind="encoder",
             architecture=self.start.architecture,
