@@ -395,3 +395,39 @@ def test_a_stage_trained_before_a_setting_existed_counts_as_trained_with_its_def
     (folder / "contract.json").write_text(json.dumps({"training": settings}))
     with pytest.raises(InputError, match=r"steps None \(not 440\)"):
         stages.finished(tmp_path, config)
+
+
+@pytest.mark.usefixtures("frontier")
+def test_where_the_arms_with_an_encoders_first_lesson_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`words_5` from the funnel's stages; `fewer` from its pair, whose encoder learns the words of that pair's ranker anew."""
+    mixlm, trained = importlib.import_module("mixlm"), list[tuple[str, str]]()
+    bench = mixlm.Bench(tmp_path / "funnel", tmp_path / "runs", 1.0, 10)
+
+    def train(demo: object, name: str, config: str, *options: str) -> None:
+        trained.append((name, " ".join((config, *options)).replace(str(tmp_path), "")))
+        (tmp_path / "runs" / name / "model/encoder").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(mixlm.Demo, "train", train)
+    monkeypatch.setattr(mixlm.Bench, "scores", "/scores")
+    monkeypatch.setattr(mixlm.Bench, "stage", lambda self, name: None)
+    monkeypatch.setattr(mixlm, "load_model", lambda folder: folder)
+    ranker, encoder = bench.train("fewer", 2)
+    assert (ranker, encoder) == (
+        tmp_path / "runs/fewer_2/model",
+        tmp_path / "runs/fewer_2/model/encoder",
+    )
+    names = [name for name, _ in trained]
+    assert names == ["encoder_5_2", "words_5_2", "encoder_1_from_words_5_2", "fewer_2"]
+    first, five, second, one = (text for _, text in trained)
+    assert "init-from /funnel/retriever/model --task.ranker /funnel/ranker/model --task.tokens 5" in first
+    assert (
+        "--task.encoder.init-from /runs/encoder_5_2/model --task.model.init-from /funnel/ranker/model" in five
+    )
+    assert (
+        "init-from /runs/words_5_2/model/encoder --task.ranker /runs/words_5_2/model --task.tokens 1"
+        in second
+    )
+    assert "--task.tokens 1 --task.model.init-from /runs/words_5_2/model" in one
+    assert "--task.encoder.init-from /runs/encoder_1_from_words_5_2/model" in one
