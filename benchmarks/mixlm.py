@@ -61,16 +61,14 @@ ARMS: dict[str, tuple[str, ...]] = {
     "encoder_ranker_5": ("--task.tokens", "5", *FROM_RANKER),
     "long_first_5": ("--task.tokens", "5", *FROM_RANKER, "--task.curriculum", "0.5"),
     **{f"words_{n}": ("--task.tokens", str(n), "--task.encoder.init-from", "WORDS") for n in WORDS},
-    "fewer": ("--task.tokens", "1", "--task.model.init-from", "FIVE", "--task.encoder.init-from", "WORDS"),
     "stage_1": ("--task.tokens", "5", "--task.model.init-from", "STAGE_1"),
     "no_stage_1": ("--task.tokens", "5", "--task.model.init-from", "FUNNEL/base_student/model"),
 }
 """What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank.
 `encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever; `long_first_5`: so,
-and half of the steps in the first phase. `words_N`: N embeddings, the encoder first learns the document's words (`configs/encoder.py`);
-`fewer`: from five embeddings to one, ranker and encoder go on from the pair of `words_5`. `stage_1`, as in the paper: the ranker starts
-from that language model after it learned the judge's grades and reasons; `no_stage_1`: without that. These two have five embeddings,
-and the teacher of all other arms.
+and half of the steps in the first phase. `words_N`: N embeddings, the encoder first learns the document's words (`configs/encoder.py`).
+`stage_1`, as in the paper: the ranker starts from that language model after it learned the judge's grades and reasons; `no_stage_1`:
+without that. These two have five embeddings, and the teacher of all other arms.
 """
 PAPER = {
     "full": "98.0% of full text", "long": "98.0% of full text",
@@ -143,13 +141,12 @@ class Bench:
         )  # fmt: skip
         return self.workdir / name / "model"
 
-    def words(self, tokens: str, seed: int, ranker: Path) -> Path:
-        """Folder of an encoder that learned to say a document's words in a ranker's token embeddings; a pair's goes on."""
-        own = ranker / "encoder"
-        name = f"encoder_{tokens}_from_{ranker.parent.name}" if own.is_dir() else f"encoder_{tokens}_{seed}"
-        start = own if own.is_dir() else self.funnel / "retriever/model"
+    def words(self, tokens: str, seed: int) -> Path:
+        """Folder of an encoder that learned to say a document's words in the ranker's token embeddings."""
+        name = f"encoder_{tokens}_{seed}"
         self.demo.train(
-            name, "encoder.py:tiny", "--task.model.init-from", str(start), "--task.ranker", str(ranker), "--task.tokens", tokens,
+            name, "encoder.py:tiny", "--task.model.init-from", str(self.funnel / "retriever/model"),
+            "--task.ranker", str(self.funnel / "ranker/model"), "--task.tokens", tokens,
         )  # fmt: skip
         return self.workdir / name / "model"
 
@@ -160,14 +157,9 @@ class Bench:
         changes = [part.replace("FUNNEL", str(self.funnel)) for part in ARMS[arm]]
         if "STAGE_1" in changes:
             changes[changes.index("STAGE_1")] = str(self.stage_1(seed))
-        teacher = self.funnel / "ranker/model"
-        if "FIVE" in changes:
-            self.train("words_5", seed)
-            teacher = self.workdir / f"words_5_{seed}/model"
-            changes[changes.index("FIVE")] = str(teacher)
         if "WORDS" in changes:
             tokens = changes[changes.index("--task.tokens") + 1]
-            changes[changes.index("WORDS")] = str(self.words(tokens, seed, teacher))
+            changes[changes.index("WORDS")] = str(self.words(tokens, seed))
         for part, start in (("model", "ranker"), ("encoder", "retriever")):
             if f"--task.{part}.init-from" not in changes:
                 changes += [f"--task.{part}.init-from", str(self.funnel / start / "model")]

@@ -1,7 +1,7 @@
 """What MixLM's encoder learns before stage III: a document's words, said in the ranker's token embeddings. No part of the paper.
 
     python train.py --config configs/encoder.py:tiny --workdir runs/encoder --task.model.init-from runs/retriever/model \
-        --task.ranker runs/ranker/model --task.tokens 1
+        --task.ranker runs/ranker/model --task.tokens 5
 
 Then `--task.encoder.init-from runs/encoder/model` in configs/mixlm.py, with the same number of tokens.
 Hardware: tiny a CPU core and a minute; smollm2_135m_8l and qwen3_0_6b what configs/mixlm.py needs, for a fraction of its time.

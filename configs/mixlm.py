@@ -1,11 +1,12 @@
 """MixLM, stage III (paper section 6): an encoder that turns a document into a few embeddings, and the ranker that reads them.
 
-Stage I is configs/judge.py, stage II configs/ranker.py; the teacher's scores are those that the stage II ranker gave:
+Stage I is configs/judge.py, stage II configs/ranker.py; the teacher's scores are those that the stage II ranker gave, and the encoder comes
+from configs/encoder.py, with as many tokens (or from the retriever):
 
     python serve.py label --model runs/ranker/model --dataset job_market:tiny --output runs/ranker_lists \
         --retriever runs/retriever/model
-    python train.py --config configs/mixlm.py:tiny --workdir runs/mixlm --task.model.init-from runs/ranker/model \
-        --task.encoder.init-from runs/retriever/model --task.labels runs/judge_labels \
+    python train.py --config configs/mixlm.py:tiny --workdir runs/mixlm --task.tokens 5 --task.model.init-from runs/ranker/model \
+        --task.encoder.init-from runs/encoder/model --task.labels runs/judge_labels \
         --task.relevance-teachers runs/ranker_lists --task.engagement-teachers runs/ranker_lists
     python serve.py encode --model runs/mixlm/model/encoder --dataset job_market:tiny --output runs/embeddings
 

@@ -1,11 +1,12 @@
 """The encoder's first lesson: a document's words in the ranker's token embeddings."""
 
+import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -18,6 +19,7 @@ from jaxsearch.data.prompts import PromptConfig
 from jaxsearch.data.tokenizer import LABELS
 from jaxsearch.models.contract import Contract, load_model, save_model
 from jaxsearch.models.scorer import BiEncoder, Scorer
+from jaxsearch.scoring.mixed import make_document_embedder
 from jaxsearch.serving.bundle import golden_error
 from jaxsearch.tasks.encoder import EncoderTask, idf, sums
 
@@ -77,8 +79,57 @@ def test_a_batch_holds_the_words_of_its_documents(task: EncoderTask, ranker: Pat
     assert not set(task._train) & set(task._dev)
 
 
-def test_it_learns_the_words_and_is_exported(task: EncoderTask, ranker: Path, tmp_path: Path) -> None:
-    model = task.init(nnx.Rngs(0))
+def test_more_embeddings_than_tokens(task: EncoderTask, ranker: Path) -> None:
+    with small_world():
+        long = build("encoder", "--task.ranker", str(ranker), "--task.tokens", "400")
+    batch, longest = long.batch(np.arange(2), rngs(0, 2)), max(map(len, long._texts))
+    for target, where, row in zip(batch["targets"], batch["where"], long._train, strict=False):
+        words = long._words[row]
+        assert len(words) < longest < 400
+        wanted = long._idf[words][:, None] * long._table[words]  # each token its own
+        np.testing.assert_allclose(target[: len(words)], wanted, atol=1e-5)
+        assert not where[len(words) :].any()
+
+
+def test_shapes_without_data_are_real_ones(task: EncoderTask) -> None:
+    real, shapes = task.batch(np.arange(3), rngs(0, 3)), task.batch_shape(3)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), real) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
+    config = configured("encoder", "--task.tokens", "2")
+    abstract = config.task.build_abstract()
+    losses = jax.eval_shape(
+        lambda batch: abstract.loss(abstract.init(nnx.Rngs(0)), batch, jax.random.key(0)).value(),
+        abstract.batch_shape(3),
+    )
+    assert losses.shape == ()
+
+
+def test_held_out_documents_and_a_set_without_dev_queries(
+    task: EncoderTask, ranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_world() as world:
+        hidden = np.array([0, 3])
+        queries = {"train": world.queries["train"], "dev": ()}
+        monkeypatch.setattr(
+            "jaxsearch.tasks.encoder.open_data",
+            lambda config: dataclasses.replace(world, held_out=hidden, queries=queries),
+        )
+        some = build("encoder", "--task.ranker", str(ranker))
+        assert not {0, 3} & {*some._train, *some._dev}
+        assert len(some._train) + len(some._dev) == len(world.documents) - 2
+        some.export(filled(some.init, 3), tmp_path / "model", configured("encoder"))
+        assert golden_error(load_model(tmp_path / "model")) < 1e-4
+        same = dataclasses.replace(world, documents=[world.documents[0]] * 4)
+        monkeypatch.setattr("jaxsearch.tasks.encoder.open_data", lambda config: same)
+        with pytest.raises(ConfigError, match="3 documents to learn from and no word that some of them lack"):
+            build("encoder", "--task.ranker", str(ranker))
+
+
+def test_it_learns_the_words_and_is_exported(
+    task: EncoderTask, ranker: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, model = copy.copy(task), task.init(nnx.Rngs(0))
     graphdef, params = nnx.split(model)
     batch, optimizer = task.batch(np.arange(min(task.num_examples, 8)), rngs(0, 8)), optax.adam(1e-2)
 
@@ -99,16 +150,21 @@ def test_it_learns_the_words_and_is_exported(task: EncoderTask, ranker: Path, tm
     assert losses[-1] < 0.1
     trained = nnx.merge(graphdef, params)
     with small_world():
-        figures = task.evaluate(trained)
-        assert 0 <= figures["dev/distance"] <= 2
+        assert -1 <= task.evaluate(trained)["dev/cosine"] <= 1
+        task._dev = task._train[:8]  # what it has learned by heart; each document's cosine, not each batch's
+        assert task.evaluate(trained)["dev/cosine"] > 0.9
+        # The loss does not see how large embeddings are, here because a projection grew.
+        trained.projection.set_value(7 * trained.projection[...])
         task.export(trained, tmp_path / "model", configured("encoder", "--task.ranker", str(ranker)))
         encoder = load_model(tmp_path / "model")
         assert encoder.contract.kind == "encoder"
         assert golden_error(encoder) < 1e-4
         # As large as the ranker's own embeddings: MixLM goes on from it as it is.
         norm, table = encoder.module.decoder.final_norm[...], load_model(ranker).module.decoder.embedding[...]
-        ratio = jnp.sqrt(jnp.mean(norm * norm) / jnp.mean(table * table))
-        np.testing.assert_allclose(ratio, 1, rtol=1e-5)
+        given = np.concatenate(
+            make_document_embedder(encoder)([task.data.documents[row] for row in task._train])
+        )
+        np.testing.assert_allclose(np.mean(given**2) / np.mean(np.asarray(table) ** 2), 1, rtol=0.05)
         mixed = build(
             "mixlm", "--task.model.init-from", str(ranker), "--task.encoder.init-from", str(tmp_path / "model"),
             "--task.distill-weight", "0", "--task.tokens", "2",
@@ -119,12 +175,26 @@ def test_it_learns_the_words_and_is_exported(task: EncoderTask, ranker: Path, tm
             np.testing.assert_array_equal(getattr(pair.encoder.decoder.layers, name)[...], kept)
         np.testing.assert_array_equal(pair.encoder.projection[...], encoder.module.projection[...])
         np.testing.assert_array_equal(pair.encoder.decoder.final_norm[...], norm)
+        again = build(
+            "encoder", "--task.ranker", str(ranker), "--task.model.init-from", str(tmp_path / "model"), "--task.tokens", "3",
+        )  # fmt: skip
+        assert "has learned 2 embeddings per document, task.tokens is 3" in caplog.text
+        onward = again.init(nnx.Rngs(2))
+        np.testing.assert_array_equal(onward.projection[...], encoder.module.projection[...])
+        np.testing.assert_array_equal(onward.decoder.final_norm[...], norm)
+        with pytest.raises(
+            ConfigError, match=r"task\.encoder\.init_from is .* embeddings are \d+ wide, the ranker"
+        ):
+            build(
+                "mixlm", "--task.encoder.init-from", str(tmp_path / "model"), "--task.distill-weight", "0",
+                "--task.model.preset", "tiny_student", "--task.tokens", "2",
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "task.ranker is empty: give the model folder of the ranker"),
+        ((), "task.ranker is empty: give the model folder of what MixLM's ranker"),
         (("--task.tokens", "0"), "task.tokens is 0: use at least 1"),
         (("--task.prompt.kind", "query"), "task.prompt.kind is 'query': this task needs 'document'"),
     ],
@@ -138,5 +208,10 @@ def test_only_what_reads_pairs_has_words_to_learn(tmp_path: Path) -> None:
     model = filled(lambda r: BiEncoder(STUDENT, rngs=r), 2)
     prompts = {kind: PromptConfig(kind, "short", "tiny") for kind in ("query", "document")}
     save_model(tmp_path, model, Contract("bi_encoder", STUDENT, prompts), small_tokenizer())
-    with small_world(), pytest.raises(ConfigError, match="a bi_encoder: give the model folder of a ranker"):
+    with (
+        small_world(),
+        pytest.raises(ConfigError, match="a bi_encoder: give the model folder of a ranker, judge or base"),
+    ):
         build("encoder", "--task.ranker", str(tmp_path))
+    with small_world(), pytest.raises(ConfigError, match=r"task\.ranker: .*nowhere holds no contract.json"):
+        build("encoder", "--task.ranker", str(tmp_path / "nowhere"))

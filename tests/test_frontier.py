@@ -398,36 +398,25 @@ def test_a_stage_trained_before_a_setting_existed_counts_as_trained_with_its_def
 
 
 @pytest.mark.usefixtures("frontier")
-def test_where_the_arms_with_an_encoders_first_lesson_start(
+def test_where_an_arm_with_the_encoders_first_lesson_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`words_5` from the funnel's stages; `fewer` from its pair, whose encoder learns the words of that pair's ranker anew."""
+    """The encoder from the retriever, for the funnel's ranker and the arm's tokens; MixLM from both."""
     mixlm, trained = importlib.import_module("mixlm"), list[tuple[str, str]]()
     bench = mixlm.Bench(tmp_path / "funnel", tmp_path / "runs", 1.0, 10)
 
     def train(demo: object, name: str, config: str, *options: str) -> None:
         trained.append((name, " ".join((config, *options)).replace(str(tmp_path), "")))
-        (tmp_path / "runs" / name / "model/encoder").mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(mixlm.Demo, "train", train)
     monkeypatch.setattr(mixlm.Bench, "scores", "/scores")
     monkeypatch.setattr(mixlm.Bench, "stage", lambda self, name: None)
     monkeypatch.setattr(mixlm, "load_model", lambda folder: folder)
-    ranker, encoder = bench.train("fewer", 2)
-    assert (ranker, encoder) == (
-        tmp_path / "runs/fewer_2/model",
-        tmp_path / "runs/fewer_2/model/encoder",
-    )
-    names = [name for name, _ in trained]
-    assert names == ["encoder_5_2", "words_5_2", "encoder_1_from_words_5_2", "fewer_2"]
-    first, five, second, one = (text for _, text in trained)
-    assert "init-from /funnel/retriever/model --task.ranker /funnel/ranker/model --task.tokens 5" in first
+    folder = tmp_path / "runs/words_5_2/model"
+    assert bench.train("words_5", 2) == (folder, folder / "encoder")
+    (first, words), (second, pair) = trained
+    assert (first, second) == ("encoder_5_2", "words_5_2")
+    assert "init-from /funnel/retriever/model --task.ranker /funnel/ranker/model --task.tokens 5" in words
     assert (
-        "--task.encoder.init-from /runs/encoder_5_2/model --task.model.init-from /funnel/ranker/model" in five
+        "--task.encoder.init-from /runs/encoder_5_2/model --task.model.init-from /funnel/ranker/model" in pair
     )
-    assert (
-        "init-from /runs/words_5_2/model/encoder --task.ranker /runs/words_5_2/model --task.tokens 1"
-        in second
-    )
-    assert "--task.tokens 1 --task.model.init-from /runs/words_5_2/model" in one
-    assert "--task.encoder.init-from /runs/encoder_1_from_words_5_2/model" in one

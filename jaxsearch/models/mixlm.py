@@ -61,6 +61,11 @@ class DocumentEncoder(nnx.Module):
         norm = self.decoder.final_norm
         norm.set_value(norm[...] * (_rms(embedding) / _rms(norm[...])))
 
+    def take_projection(self, other: "DocumentEncoder") -> None:
+        """Go on with the projection of another encoder of the same widths, where there is one."""
+        if self.projection is not None and other.projection is not None:
+            self.projection.set_value(other.projection[...])
+
 
 class MixLM(nnx.Module):
     """Ranker and encoder, which train together."""

@@ -42,7 +42,6 @@ from jaxsearch.models.contract import (
     Contract,
     Golden,
     MixLMPart,
-    load_model,
     read_contract,
     save_model,
 )
@@ -62,7 +61,6 @@ from jaxsearch.scoring.prefill import Prefix, answer_hidden, pad_prefixes, prefi
 from jaxsearch.scoring.records import action_log_odds, relevance_log_odds
 from jaxsearch.tasks.base import (
     ModelConfig,
-    Start,
     abstract_start,
     check_prompt,
     evaluation_lists,
@@ -71,6 +69,7 @@ from jaxsearch.tasks.base import (
     ranking_metrics,
 )
 from jaxsearch.tasks.cross_encoder import CrossEncoderConfig, Example, PairTokens
+from jaxsearch.tasks.encoder import trained_encoder
 from jaxsearch.tasks.engagement_teacher import engagement_auroc
 from jaxsearch.tasks.ranker import RankerConfig, RankerTask
 from jaxsearch.tasks.teachers import Targets, stored_relevance
@@ -207,16 +206,6 @@ class Shares(NamedTuple):
     align: Any
 
 
-def trained_encoder(checkpoint: str, start: Start) -> DocumentEncoder | None:
-    """The encoder of a finished MixLM run, where `checkpoint` is its folder and `start` has all its layers."""
-    folder = Path(checkpoint)
-    if not (folder / CONTRACT_FILE).is_file() or read_contract(folder).kind != "encoder":
-        return None
-    module = load_model(folder).module
-    assert isinstance(module, DocumentEncoder)
-    return module if module.decoder.config.layers == start.architecture.layers else None
-
-
 def knows_actions(checkpoint: str) -> bool:
     """Whether it is the model folder of a ranker with action heads; `init` then starts from them."""
     folder = Path(checkpoint)
@@ -254,7 +243,13 @@ class MixLMTask(RankerTask):
         self._labels = {}  # the examples hold them now
         self._steps = train.steps
         self.encoder_start = load_start(config.encoder, data, "encoder")
-        self._trained = trained_encoder(config.encoder.init_from, self.encoder_start)
+        self._trained = trained_encoder(
+            config.encoder.init_from,
+            self.encoder_start,
+            config.tokens,
+            self.start.architecture.width,
+            "task.encoder",
+        )
         tokenizer = self.encoder_start.tokenizer
         self.encoder_room = check_prompt("encoder_prompt", config.encoder_prompt, "document", tokenizer)
         self._texts = [part.ids for part in self.encoder_room.documents(data.documents)]
@@ -418,8 +413,8 @@ class MixLMTask(RankerTask):
             nnx.update(encoder.decoder, nnx.state(self.encoder_start.weights))
         if self._trained is None:
             encoder.fit_scale(ranker.decoder.embedding[...])
-        elif self._trained.projection is not None and encoder.projection is not None:
-            encoder.projection[...] = self._trained.projection[...]
+        else:
+            encoder.take_projection(self._trained)
         return MixLM(ranker, encoder)
 
     @property
