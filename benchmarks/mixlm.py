@@ -66,7 +66,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 """What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank.
 `encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever; `long_first_5`: so,
-and half of the steps in the first phase. `words_N`: N embeddings, the encoder first learns the document's words (`configs/encoder.py`).
+and half of the steps in the first phase. `words_N`: N embeddings, the encoder first learns the document's words (`configs/encoder.py`),
+and `configs/mixlm.py:tiny_words` goes on from there.
 `stage_1`, as in the paper: the ranker starts from that language model after it learned the judge's grades and reasons; `no_stage_1`:
 without that. These two have five embeddings, and the teacher of all other arms.
 """
@@ -163,9 +164,9 @@ class Bench:
         for part, start in (("model", "ranker"), ("encoder", "retriever")):
             if f"--task.{part}.init-from" not in changes:
                 changes += [f"--task.{part}.init-from", str(self.funnel / start / "model")]
-        name = f"{arm}_{seed}"
+        name, variant = f"{arm}_{seed}", "tiny_words" if arm.startswith("words") else VARIANT
         self.demo.train(
-            name, "mixlm.py:tiny", "--task.labels", str(self.funnel / "judge_labels"), "--task.relevance-teachers", self.scores,
+            name, f"mixlm.py:{variant}", "--task.labels", str(self.funnel / "judge_labels"), "--task.relevance-teachers", self.scores,
             "--task.engagement-teachers", self.scores, *changes,
         )  # fmt: skip
         folder = self.workdir / name / "model"

@@ -1,11 +1,11 @@
 """MixLM, stage III (paper section 6): an encoder that turns a document into a few embeddings, and the ranker that reads them.
 
 Stage I is configs/judge.py, stage II configs/ranker.py; the teacher's scores are those that the stage II ranker gave, and the encoder comes
-from configs/encoder.py, with as many tokens (or from the retriever):
+from configs/encoder.py, with as many tokens (or, for the other variants, from the retriever):
 
     python serve.py label --model runs/ranker/model --dataset job_market:tiny --output runs/ranker_lists \
         --retriever runs/retriever/model
-    python train.py --config configs/mixlm.py:tiny --workdir runs/mixlm --task.tokens 5 --task.model.init-from runs/ranker/model \
+    python train.py --config configs/mixlm.py:tiny_words --workdir runs/mixlm --task.model.init-from runs/ranker/model \
         --task.encoder.init-from runs/encoder/model --task.labels runs/judge_labels \
         --task.relevance-teachers runs/ranker_lists --task.engagement-teachers runs/ranker_lists
     python serve.py encode --model runs/mixlm/model/encoder --dataset job_market:tiny --output runs/embeddings
@@ -28,7 +28,7 @@ from jaxsearch.tasks.defaults import (
 from jaxsearch.tasks.mixlm import MixLMConfig
 
 
-def _tiny(steps: int) -> TrainConfig:
+def _tiny(steps: int, *, tokens: int = 1, curriculum: float = 0.15, rates: float = 1.0) -> TrainConfig:
     return TrainConfig(
         name="mixlm",
         task=MixLMConfig(
@@ -39,14 +39,23 @@ def _tiny(steps: int) -> TrainConfig:
             encoder_prompt=tiny_prompt("document"),
             candidates=16,
             alpha=0.7,
-            curriculum=0.15,
+            curriculum=curriculum,
+            tokens=tokens,
             text_weight=0.5,
             text_every=4,
         ),
         steps=steps,
         batch_size=32,
-        optimizer=tiny_optimizer(),
+        optimizer=tiny_optimizer(rates),
     )
+
+
+def _tiny_words() -> TrainConfig:
+    """From an encoder that has learned the ranker's words: nothing is left to be aligned first, and what is there should not be shaken off.
+
+    Muon's steps have one size, however good a model is already: at full rates the ranker loses what it had before it can read embeddings.
+    """
+    return _tiny(440, tokens=5, curriculum=0.0, rates=0.3)
 
 
 def _smollm2() -> TrainConfig:
@@ -89,11 +98,12 @@ def _qwen3() -> TrainConfig:
 
 
 def get_config(variant: str) -> TrainConfig:
-    """Variants: tiny, tiny_long, smollm2_135m_8l, qwen3_0_6b."""
+    """Variants: tiny, tiny_words, tiny_long, smollm2_135m_8l, qwen3_0_6b."""
     return pick(
         variant,
         {
             "tiny": lambda: _tiny(440),
+            "tiny_words": _tiny_words,
             # An embedding is a language that ranker and encoder have yet to agree on: NDCG still rises after ten times the ranker's steps.
             "tiny_long": lambda: _tiny(5_000),
             "smollm2_135m_8l": _smollm2,
