@@ -21,7 +21,7 @@ from jaxsearch.models.contract import Contract, load_model, save_model
 from jaxsearch.models.scorer import BiEncoder, Scorer
 from jaxsearch.scoring.mixed import make_document_embedder
 from jaxsearch.serving.bundle import golden_error
-from jaxsearch.tasks.encoder import EncoderTask, idf, sums
+from jaxsearch.tasks.encoder import EncoderTask, idf, sums, trained_encoder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -189,6 +189,10 @@ def test_it_learns_the_words_and_is_exported(
                 "mixlm", "--task.encoder.init-from", str(tmp_path / "model"), "--task.distill-weight", "0",
                 "--task.model.preset", "tiny_student", "--task.tokens", "2",
             )  # fmt: skip
+        # An encoder of which only some layers are taken is no trained one, whatever its embeddings were.
+        other = dataclasses.replace(again.start.architecture, layers=again.start.architecture.layers + 1)
+        start = dataclasses.replace(again.start, architecture=other)
+        assert trained_encoder(str(tmp_path / "model"), start, 2, TEACHER.width + 1, "task.encoder") is None
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,8 @@ class EncoderTask(Task):
         def cosines(rows: Sequence[int]) -> NDArray[np.float32]:
             embedded = embedder([self.data.documents[row] for row in rows])
             x, y = np.concatenate(embedded).astype(np.float32), np.concatenate([*map(self._target, rows)])
-            x, y = x[np.any(y != 0, axis=1)], y[np.any(y != 0, axis=1)]
+            where = np.any(y != 0, axis=1)
+            x, y = x[where], y[where]
             return np.sum(x * y, axis=1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
 
         found = share_work(lambda numbers: [cosines(parts[i]) for i in numbers], len(parts))
@@ -217,14 +218,15 @@ class EncoderTask(Task):
 
     def export(self, model: Any, folder: Path, config: TrainConfig) -> None:
         """Write the encoder; its embeddings are as large as the ranker's own, which the loss does not see to."""
-        documents = [self.data.documents[row] for row in self._train[:PART]]
 
-        def embed() -> list[NDArray]:
-            return DocumentEmbedder(model, self.start.tokenizer, self.config.prompt)(documents)
+        def embed(rows: Sequence[int]) -> list[NDArray]:
+            embedder = DocumentEmbedder(model, self.start.tokenizer, self.config.prompt)
+            return embedder([self.data.documents[row] for row in rows])
 
-        norm, found = model.decoder.final_norm, np.concatenate(embed()).astype(np.float32)
+        norm, found = model.decoder.final_norm, np.concatenate(embed(self._train[:PART])).astype(np.float32)
         norm.set_value(norm[...] * np.sqrt(np.mean(self._table**2) / np.mean(found**2)))
-        golden = documents[:3]
+        rows = self._train[:3]
+        documents = [self.data.documents[row] for row in rows]
         query = next(
             query for queries in self.data.queries.values() for query in queries
         )  # no encoder reads it
@@ -233,7 +235,7 @@ class EncoderTask(Task):
             architecture=self.start.architecture,
             prompts={"document": self.config.prompt},
             training=to_dict(config),
-            golden=tuple(map(Golden, [query] * len(golden), golden, golden_numbers(embed()[: len(golden)]))),
+            golden=tuple(map(Golden, [query] * len(rows), documents, golden_numbers(embed(rows)))),
             mixlm=MixLMPart(self.config.tokens, self._table.shape[1]),
         )
         save_model(folder, model, contract, self.start.tokenizer)
@@ -267,11 +269,12 @@ def trained_encoder(
       ConfigError: its embeddings are of another width.
     """
     folder = Path(checkpoint)
-    if not (folder / CONTRACT_FILE).is_file() or read_contract(folder).kind != "encoder":
+    if not (folder / CONTRACT_FILE).is_file():
         return None
-    model = load_model(folder)
-    part, module = model.contract.mixlm, model.module
-    assert isinstance(module, DocumentEncoder)
+    contract = read_contract(folder)
+    if contract.kind != "encoder" or contract.architecture.layers != start.architecture.layers:
+        return None
+    part = contract.mixlm
     assert part is not None  # an encoder has one
     if part.width != width:
         raise ConfigError(
@@ -282,7 +285,9 @@ def trained_encoder(
         log.warning(
             "%s has learned %d embeddings per document, task.tokens is %d", checkpoint, part.tokens, tokens
         )
-    return module if module.decoder.config.layers == start.architecture.layers else None
+    module = load_model(folder).module
+    assert isinstance(module, DocumentEncoder)
+    return module
 
 
 def idf(texts: Sequence[NDArray], size: int) -> NDArray[np.float32]:
