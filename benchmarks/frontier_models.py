@@ -51,13 +51,13 @@ SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
     "base": 450, "retriever": 300, "relevance_teacher": 2_000, "engagement_teacher": 300, "student": 600, "sampled": 600, "summarised": 150,
-    "pruned": 600, "mixlm_1": 5_000, "mixlm": 1_200, "mixlm_1_title": 1_500, "mixlm_5_title": 600, "mixlm_sampled": 450,
+    "pruned": 600, "words": 200, "mixlm_1": 5_000, "mixlm": 600, "mixlm_1_title": 1_500, "mixlm_5_title": 300, "mixlm_sampled": 300,
 }  # fmt: skip
-"""Of each stage: about four hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
+"""Of each stage: about three hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
 embedding learns slowly what several learn in a fraction of the steps, and a title that stays text saves some."""
 PRUNED = Pruning(mlp=0.5, layers=1, method="osscar")
 FINE = ("--optimizer.learning-rate", "1e-3", "--optimizer.muon-learning-rate", "6e-3")
-"""A third of a first training's rates, for what only has to get used to summaries."""
+"""A third of a first training's rates, for what only has to get used to summaries or to whole documents."""
 FULL_RATES = ("--optimizer.learning-rate", "3e-3", "--optimizer.muon-learning-rate", "0.02")
 
 
@@ -210,18 +210,28 @@ class Chain:
         """Ranker and encoder of a stage."""
         return load_model(self.path(name)), load_model(Path(self.path(name)) / "encoder")
 
+    def words(self, tokens: int) -> str:
+        """Folder of an encoder that learned to say the words of first tokens in the ranker's token embeddings."""
+        self.short_ranker()
+        name = f"words_{tokens}"
+        self.demo.train(
+            name, "encoder.py:tiny", "--task.model.init-from", self.path("retriever"), "--task.ranker", self.path("ranker"),
+            "--task.tokens", str(tokens), *self._steps("words"), *self._cut(),
+        )  # fmt: skip
+        return self.path(name)
+
     def short_mixlm(self, tokens: int) -> tuple[Model, Model]:
         """Ranker and encoder on the first tokens of documents."""
         start = [
             "--task.model.init-from",
             self.path("ranker"),
             "--task.encoder.init-from",
-            self.path("retriever"),
+            self.words(tokens),
         ]
         name = self.mixlm_name(tokens)
         stage = next(key for key in (name, f"mixlm_{tokens}", "mixlm") if key in STEPS)
         more = [*self._steps(stage), *self._cut(), *self._cut("encoder-prompt")]
-        self.demo.train(name, "mixlm.py:tiny", *start, *self._mixlm_stores(tokens), *more)
+        self.demo.train(name, "mixlm.py:tiny_words", *start, *self._mixlm_stores(tokens), *more)
         return self._pair(name)
 
     def mixlm(self, tokens: int) -> tuple[Model, Model]:
@@ -237,14 +247,12 @@ class Chain:
         start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
         # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's reading is aligned to.
         terms = [
-            "--task.curriculum",
-            "0.3",
             "--task.text-every",
             "1",
-            *self._sampled("mixlm_sampled", FULL_RATES),
+            *self._sampled("mixlm_sampled", FINE),
         ]
         limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(WHOLE)]
-        self.demo.train(f"{name}_whole", "mixlm.py:tiny", *start, *terms, *limits)
+        self.demo.train(f"{name}_whole", "mixlm.py:tiny_words", *start, *terms, *limits)
         return self._pair(f"{name}_whole")
 
 

@@ -47,6 +47,7 @@ from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
 VARIANT = "tiny"
 TOKENS = (5, 10, 20, 50)
 WORDS = (1, 5, 20)
+LEARNED = ("--task.tokens", "5", "--task.encoder.init-from", "WORDS")
 FROM_RANKER = ("--task.encoder.init-from", "FUNNEL/ranker/model")
 ARMS: dict[str, tuple[str, ...]] = {
     "full": (),
@@ -61,13 +62,18 @@ ARMS: dict[str, tuple[str, ...]] = {
     "encoder_ranker_5": ("--task.tokens", "5", *FROM_RANKER),
     "long_first_5": ("--task.tokens", "5", *FROM_RANKER, "--task.curriculum", "0.5"),
     **{f"words_{n}": ("--task.tokens", str(n), "--task.encoder.init-from", "WORDS") for n in WORDS},
+    "words_5_no_alignment": (*LEARNED, "--task.align-weight", "0"),
+    "words_5_no_distillation": (*LEARNED, "--task.distill-weight", "0"),
+    "words_5_two_phases": (*LEARNED, "--task.curriculum", "0.25"),
+    "words_5_stage_1": (*LEARNED, "--task.model.init-from", "STAGE_1"),
+    "words_5_no_stage_1": (*LEARNED, "--task.model.init-from", "FUNNEL/base_student/model"),
     "stage_1": ("--task.tokens", "5", "--task.model.init-from", "STAGE_1"),
     "no_stage_1": ("--task.tokens", "5", "--task.model.init-from", "FUNNEL/base_student/model"),
 }
 """What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank.
 `encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever; `long_first_5`: so,
 and half of the steps in the first phase. `words_N`: N embeddings, the encoder first learns the document's words (`configs/encoder.py`),
-and `configs/mixlm.py:tiny_words` goes on from there.
+and `configs/mixlm.py:tiny_words` goes on from there, in one phase; `words_5_NAME`: so, with one thing changed.
 `stage_1`, as in the paper: the ranker starts from that language model after it learned the judge's grades and reasons; `no_stage_1`:
 without that. These two have five embeddings, and the teacher of all other arms.
 """
@@ -75,6 +81,7 @@ PAPER = {
     "full": "98.0% of full text", "long": "98.0% of full text",
     "tokens_5": "+.0017", "tokens_10": "+.0044", "tokens_20": "+.0111", "tokens_50": "+.0198",
     "no_alignment": "-.0017", "no_distillation": "-.0094", "labels_alone": "-.0108", "one_phase": "-.0020",
+    "two_phases": "+.0020",
     "no_stage_1": "-.0185 (of stage_1)",
 }  # fmt: skip
 """Published change of NDCG@10 by each; of alignment and distillation from what both, and each alone, add to the labels."""
@@ -142,12 +149,13 @@ class Bench:
         )  # fmt: skip
         return self.workdir / name / "model"
 
-    def words(self, tokens: str, seed: int) -> Path:
-        """Folder of an encoder that learned to say a document's words in the ranker's token embeddings."""
-        name = f"encoder_{tokens}_{seed}"
+    def words(self, tokens: str, seed: int, ranker: str) -> Path:
+        """Folder of an encoder that learned to say a document's words in this ranker's token embeddings."""
+        start = "" if ranker == str(self.funnel / "ranker/model") else f"_{Path(ranker).parent.name}"
+        name = f"encoder_{tokens}{start}_{seed}"
         self.demo.train(
             name, "encoder.py:tiny", "--task.model.init-from", str(self.funnel / "retriever/model"),
-            "--task.ranker", str(self.funnel / "ranker/model"), "--task.tokens", tokens,
+            "--task.ranker", ranker, "--task.tokens", tokens,
         )  # fmt: skip
         return self.workdir / name / "model"
 
@@ -158,12 +166,14 @@ class Bench:
         changes = [part.replace("FUNNEL", str(self.funnel)) for part in ARMS[arm]]
         if "STAGE_1" in changes:
             changes[changes.index("STAGE_1")] = str(self.stage_1(seed))
-        if "WORDS" in changes:
-            tokens = changes[changes.index("--task.tokens") + 1]
-            changes[changes.index("WORDS")] = str(self.words(tokens, seed))
         for part, start in (("model", "ranker"), ("encoder", "retriever")):
             if f"--task.{part}.init-from" not in changes:
                 changes += [f"--task.{part}.init-from", str(self.funnel / start / "model")]
+        if "WORDS" in changes:
+            tokens, ranker = (
+                changes[changes.index(f"--task.{name}") + 1] for name in ("tokens", "model.init-from")
+            )
+            changes[changes.index("WORDS")] = str(self.words(tokens, seed, ranker))
         name, variant = f"{arm}_{seed}", "tiny_words" if arm.startswith("words") else VARIANT
         self.demo.train(
             name, f"mixlm.py:{variant}", "--task.labels", str(self.funnel / "judge_labels"), "--task.relevance-teachers", self.scores,
@@ -271,6 +281,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def compared(arm: str) -> str:
+    """The arm that it is a change of."""
+    if arm.endswith("stage_1"):
+        return arm.replace("no_", "")
+    return "words_5" if arm.startswith("words_5") else "full"
+
+
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown: one line per arm, means over seeds, the published change beside it."""
     names = (
@@ -286,9 +303,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     )
     names += ("unseen: MixLM", "full text", "retrieval", *BARS.values())
     rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    whole = {
-        (line["arm"], line["seed"]): line["ndcg@10"] for line in lines if line["arm"] in ("full", "stage_1")
-    }
+    whole = {(line["arm"], line["seed"]): line["ndcg@10"] for line in lines}
     for arm in ARMS:
         mine = [line for line in lines if line["arm"] == arm]
         if not mine:
@@ -303,7 +318,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
                 values.append(value)
             return f"{np.mean(values):.4f}"
 
-        beside = "stage_1" if arm.endswith("stage_1") else "full"
+        beside = compared(arm)
         pairs = [(x["ndcg@10"], whole.get((beside, x["seed"]))) for x in mine]
         changes = [value - other for value, other in pairs if other is not None]
         change = "-" if arm == beside or not changes else f"{np.mean(changes):+.4f}"
@@ -314,7 +329,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             average("ndcg@10"),
             average("kept"),
             change,
-            PAPER.get(arm, "-"),
+            PAPER.get(arm.removeprefix("words_5_"), "-"),
             average(AUROC),
         ]
         rows.append("| " + " | ".join([*cells, average("shuffled"), average("chance"), *unseen]) + " |")
@@ -329,18 +344,23 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    curve = [(1, "full"), *((n, f"tokens_{n}") for n in TOKENS)]
-    points = [(n, line["ndcg@10"]) for n, arm in curve for line in lines if line["arm"] == arm]
-    if points:
-        axes[0].plot(*zip(*points, strict=True), "o")
-        means = {n: np.mean([y for x, y in points if x == n]) for n, _ in points}
-        axes[0].plot(list(means), list(means.values()), "-")
-        axes[0].set_xscale("log")
+    curves = {
+        "encoder from the retriever": [(1, "full"), *((n, f"tokens_{n}") for n in TOKENS)],
+        "encoder that learned the words": [(n, f"words_{n}") for n in WORDS],
+    }
+    for label, curve in curves.items():
+        points = [(n, line["ndcg@10"]) for n, arm in curve for line in lines if line["arm"] == arm]
+        if points:
+            (dots,) = axes[0].plot(*zip(*points, strict=True), "o")
+            means = {n: np.mean([y for x, y in points if x == n]) for n, _ in points}
+            axes[0].plot(list(means), list(means.values()), "-", color=dots.get_color(), label=label)
+            axes[0].set_xscale("log")
     if lines:
         axes[0].axhline(lines[0]["full_text"], ls="--", color="grey", label="full text")
         axes[0].legend()
     axes[0].set(xlabel="embeddings per document (T_S)", ylabel="NDCG@10 (gain 2^g - 1)")
-    arms = [arm for arm in ARMS if not arm.startswith("tokens") and any(x["arm"] == arm for x in lines)]
+    of_curve = [arm for arm in ARMS if arm.startswith("tokens_") or arm in ("words_1", "words_20")]
+    arms = [arm for arm in ARMS if arm not in of_curve and any(x["arm"] == arm for x in lines)]
     for place, arm in enumerate(arms):
         values = [line["ndcg@10"] for line in lines if line["arm"] == arm]
         axes[1].plot(values, [place] * len(values), "o")
