@@ -62,6 +62,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "encoder_ranker_5": ("--task.tokens", "5", *FROM_RANKER),
     "long_first_5": ("--task.tokens", "5", *FROM_RANKER, "--task.curriculum", "0.5"),
     **{f"words_{n}": ("--task.tokens", str(n), "--task.encoder.init-from", "WORDS") for n in WORDS},
+    **{f"lesson_{n}": ("--task.tokens", str(n), "--task.encoder.init-from", "WORDS") for n in WORDS[:2]},
     "words_5_no_alignment": (*LEARNED, "--task.align-weight", "0"),
     "words_5_no_distillation": (*LEARNED, "--task.distill-weight", "0"),
     "words_5_two_phases": (*LEARNED, "--task.curriculum", "0.25"),
@@ -73,7 +74,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 """What is changed. `from_base`: the ranker starts from a language model that has learned neither to retrieve nor to rank.
 `encoder_ranker`: the encoder starts from the ranker of full text, as the mixed ranker does, not from the retriever; `long_first_5`: so,
 and half of the steps in the first phase. `words_N`: N embeddings, the encoder first learns the document's words (`configs/encoder.py`),
-and `configs/mixlm.py:tiny_words` goes on from there, in one phase; `words_5_NAME`: so, with one thing changed.
+and `configs/mixlm.py:tiny_words` goes on from there, in one phase; `words_5_NAME`: so, with one thing changed;
+`lesson_N`: no further, the ranker of full text reads what that encoder says.
 `stage_1`, as in the paper: the ranker starts from that language model after it learned the judge's grades and reasons; `no_stage_1`:
 without that. These two have five embeddings, and the teacher of all other arms.
 """
@@ -174,6 +176,11 @@ class Bench:
                 changes[changes.index(f"--task.{name}") + 1] for name in ("tokens", "model.init-from")
             )
             changes[changes.index("WORDS")] = str(self.words(tokens, seed, ranker))
+        if arm.startswith("lesson"):
+            reader = self.stage("ranker")
+            encoder = load_model(changes[changes.index("--task.encoder.init-from") + 1])
+            contract = dataclasses.replace(reader.contract, mixlm=encoder.contract.mixlm)
+            return dataclasses.replace(reader, contract=contract), encoder
         name, variant = f"{arm}_{seed}", "tiny_words" if arm.startswith("words") else VARIANT
         self.demo.train(
             name, f"mixlm.py:{variant}", "--task.labels", str(self.funnel / "judge_labels"), "--task.relevance-teachers", self.scores,
