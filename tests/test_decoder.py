@@ -199,6 +199,9 @@ def test_gradients_equal_finite_differences():
         ("TD,DNH->TNH", (2, 3, 4), (4, 5, 6)),
         ("TNH,NHD->TD", (3, 5, 6), (5, 6, 4)),
         ("TF,FD->TD", (3, 5), (5, 7)),
+        # An output matrix: the narrow operand first is not the weights' own order.
+        ("TD,VD->TV", (3, 5), (7, 5)),
+        ("TD,VD->TV", (3, 7), (5, 7)),
     ],
 )
 def test_projection_has_the_gradient_of_its_einsum(equation, x, w):

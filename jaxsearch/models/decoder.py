@@ -181,10 +181,13 @@ def _gathered(w: Array, letters: str, dtype: Any) -> Array:
     return jax.lax.with_sharding_constraint(w, PartitionSpec(*split))
 
 
-def _project(equation: str, x: Array, w: Any) -> Array:
+def _project(equation: str, summed_wide: bool, x: Array, w: Any) -> Array:
     inputs, weights, outputs = _letters(equation, x)
     if not hasattr(w, "qvalue"):
-        return jnp.einsum(f"{inputs},{weights}->{outputs}", x, _gathered(w, weights, x.dtype))
+        dtype = wide() if summed_wide else None
+        return jnp.einsum(
+            f"{inputs},{weights}->{outputs}", x, _gathered(w, weights, x.dtype), preferred_element_type=dtype
+        )
     # int8 weights with a scale per output channel (`jaxsearch.models.int8`): scaled once, after the sum.
     summed = jnp.einsum(
         f"{inputs},{weights}->{outputs}",
@@ -198,30 +201,39 @@ def _project(equation: str, x: Array, w: Any) -> Array:
     return (summed * jnp.expand_dims(scale, tuple(range(summed.ndim - scale.ndim)))).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(equation: str, x: Array, w: Array) -> Array:
+def project(equation: str, x: Array, w: Array, *, summed_wide: bool = False) -> Array:
     """A projection by an einsum such as "TD,DNH->TNH", in which T stands for all leading axes of x.
 
-    The weights are cast to x's dtype; their gradient is summed in fp32, whatever the compute dtype.
+    The weights are cast to x's dtype; their gradient is summed in fp32, whatever the compute dtype. With `summed_wide` so is the result.
     """
-    return _project(equation, x, w)
+    return _differentiable(equation, summed_wide, x, w)
 
 
-def _project_forward(equation: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _project(equation, x, w), (x, w)
+_differentiable = jax.custom_vjp(_project, nondiff_argnums=(0, 1))
 
 
-def _project_backward(equation: str, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _project_forward(
+    equation: str, summed_wide: bool, x: Array, w: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _project(equation, summed_wide, x, w), (x, w)
+
+
+def _project_backward(
+    equation: str, summed_wide: bool, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
     x, w = saved
     inputs, weights, outputs = _letters(equation, x)
-    dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, _gathered(w, weights, x.dtype))
+    dx = jnp.einsum(f"{outputs},{weights}->{inputs}", g, _gathered(w, weights, x.dtype)).astype(x.dtype)
     plain = functools.partial(jnp.einsum, f"{inputs},{outputs}->{weights}", preferred_element_type=wide())
-    if math.prod(x.shape) <= math.prod(g.shape):
+    x_first = math.prod(x.shape) <= math.prod(g.shape)
+    narrow, broad = (inputs, outputs) if x_first else (outputs, inputs)
+    turned = "".join(sorted(weights, key=lambda letter: letter not in narrow))
+    if x_first and turned == weights:
         return dx, plain(x, g).astype(w.dtype)
 
     def narrow_first(x: Array, g: Array) -> Array:
-        turned = "".join(sorted(weights, key=lambda letter: letter not in outputs))
-        dw = jnp.einsum(f"{outputs},{inputs}->{turned}", g, x, preferred_element_type=wide())
+        terms = (x, g) if x_first else (g, x)
+        dw = jnp.einsum(f"{narrow},{broad}->{turned}", *terms, preferred_element_type=wide())
         return jnp.einsum(f"{turned}->{weights}", jax.lax.optimization_barrier(dw))
 
     # XLA on a CPU transposes the first operand, together with the elementwise work before it and on one core (JAX's own rule, the cotangent
@@ -229,7 +241,7 @@ def _project_backward(equation: str, saved: tuple[Array, Array], g: Array) -> tu
     return dx, jax.lax.platform_dependent(x, g, cpu=narrow_first, default=plain).astype(w.dtype)
 
 
-project.defvjp(_project_forward, _project_backward)
+_differentiable.defvjp(_project_forward, _project_backward)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -560,9 +572,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Next-token logits, fp32 [..., V] (hidden [..., D])."""
-        dtype = self.config.dtype
-        rows = _gathered(self._output(), "VD", dtype)
-        return jnp.einsum("...D,VD->...V", hidden.astype(dtype), rows, preferred_element_type=wide())
+        return project("TD,VD->TV", hidden.astype(self.config.dtype), self._output(), summed_wide=True)
 
     def label_rows(self, ids: Sequence[int] | Array) -> Array:
         """The rows of the output matrix that belong to these token ids, fp32 [len(ids), D].
