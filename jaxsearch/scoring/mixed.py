@@ -183,7 +183,7 @@ def make_document_embedder(encoder: Model) -> DocumentEmbedder:
     """
     if not isinstance(encoder.module, DocumentEncoder):
         raise ContractError(
-            f"a {encoder.contract.kind} encodes no documents: give the model folder of an encoder"
+            f"a {encoder.contract.kind} encodes no documents: give the model folder of an encoder, such as model/encoder of a MixLM ranker"
         )
     return DocumentEmbedder(encoder.module, encoder.tokenizer, encoder.contract.prompts["document"])
 
@@ -215,7 +215,7 @@ def mixlm_part(ranker: Model) -> MixLMPart:
     contract = ranker.contract
     if contract.kind != "ranker" or contract.mixlm is None or not isinstance(ranker.module, Scorer):
         raise ContractError(
-            f"this {contract.kind} reads no embeddings: give the model folder of a MixLM ranker"
+            f"this {contract.kind} reads no embeddings: give the model folder of a MixLM ranker, or no embeddings"
         )
     return contract.mixlm
 

@@ -283,7 +283,12 @@ def trained_encoder(
         )
     if part.tokens != tokens:
         log.warning(
-            "%s has learned %d embeddings per document, task.tokens is %d", checkpoint, part.tokens, tokens
+            "%s has learned %d embeddings per document, task.tokens is %d: the others start from nothing; set task.tokens to %d, or train "
+            "an encoder with as many",
+            checkpoint,
+            part.tokens,
+            tokens,
+            part.tokens,
         )
     module = load_model(folder).module
     assert isinstance(module, DocumentEncoder)

@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger, handler = logging.getLogger("jaxsearch"), logging.StreamHandler()
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+        logger.propagate = (
+            False  # to a root handler that a library may have put there: every line would stand twice
+        )
         try:
             final = run(config, known.workdir)
         except Preempted as stopped:
@@ -56,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_PREEMPTED
         finally:
             logger.removeHandler(handler)
+            logger.propagate = True
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
