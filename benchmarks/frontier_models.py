@@ -51,7 +51,7 @@ SUMMARY = 64
 """Tokens of a summary at most."""
 STEPS = {
     "base": 450, "retriever": 300, "relevance_teacher": 2_000, "engagement_teacher": 300, "student": 600, "sampled": 600, "summarised": 150,
-    "pruned": 600, "words": 200, "mixlm_1": 5_000, "mixlm": 600, "mixlm_1_title": 1_500, "mixlm_5_title": 300, "mixlm_sampled": 200,
+    "pruned": 600, "words": 200, "mixlm_1": 5_000, "mixlm": 600, "mixlm_1_title": 1_500, "mixlm_5_title": 300, "mixlm_sampled": 450,
 }  # fmt: skip
 """Of each stage: about three hours of one core. After a few hundred of the relevance teacher's, rankers stand below the retriever. One
 embedding learns slowly what several learn in a fraction of the steps, and a title that stays text saves some."""
