@@ -246,11 +246,7 @@ class Chain:
         start = ["--task.model.init-from", self.path(name), *self._mixlm_stores(tokens)]
         start += ["--task.encoder.init-from", str(Path(self.path(name)) / "encoder")]
         # The ranker goes on reading first tokens: its text pass, cheap and good, is what the encoder's reading is aligned to.
-        terms = [
-            "--task.text-every",
-            "1",
-            *self._sampled("mixlm_sampled", FINE),
-        ]
+        terms = ["--task.text-every", "1", *self._sampled("mixlm_sampled", FINE)]
         limits = [*self._cut(), "--task.encoder-prompt.max-document-tokens", str(WHOLE)]
         self.demo.train(f"{name}_whole", "mixlm.py:tiny_words", *start, *terms, *limits)
         return self._pair(f"{name}_whole")

@@ -47,7 +47,7 @@ from jaxsearch.tasks.base import DataConfig, open_data, ranking_metrics
 VARIANT = "tiny"
 TOKENS = (5, 10, 20, 50)
 WORDS = (1, 5, 20)
-LEARNED = ("--task.tokens", "5", "--task.encoder.init-from", "WORDS")
+LEARNED = {n: ("--task.tokens", str(n), "--task.encoder.init-from", "WORDS") for n in WORDS}
 FROM_RANKER = ("--task.encoder.init-from", "FUNNEL/ranker/model")
 ARMS: dict[str, tuple[str, ...]] = {
     "full": (),
@@ -61,13 +61,13 @@ ARMS: dict[str, tuple[str, ...]] = {
     "encoder_ranker": FROM_RANKER,
     "encoder_ranker_5": ("--task.tokens", "5", *FROM_RANKER),
     "long_first_5": ("--task.tokens", "5", *FROM_RANKER, "--task.curriculum", "0.5"),
-    **{f"words_{n}": ("--task.tokens", str(n), "--task.encoder.init-from", "WORDS") for n in WORDS},
-    **{f"lesson_{n}": ("--task.tokens", str(n), "--task.encoder.init-from", "WORDS") for n in WORDS[:2]},
-    "words_5_no_alignment": (*LEARNED, "--task.align-weight", "0"),
-    "words_5_no_distillation": (*LEARNED, "--task.distill-weight", "0"),
-    "words_5_two_phases": (*LEARNED, "--task.curriculum", "0.25"),
-    "words_5_stage_1": (*LEARNED, "--task.model.init-from", "STAGE_1"),
-    "words_5_no_stage_1": (*LEARNED, "--task.model.init-from", "FUNNEL/base_student/model"),
+    **{f"words_{n}": LEARNED[n] for n in WORDS},
+    **{f"lesson_{n}": LEARNED[n] for n in WORDS[:2]},
+    "words_5_no_alignment": (*LEARNED[5], "--task.align-weight", "0"),
+    "words_5_no_distillation": (*LEARNED[5], "--task.distill-weight", "0"),
+    "words_5_two_phases": (*LEARNED[5], "--task.curriculum", "0.25"),
+    "words_5_stage_1": (*LEARNED[5], "--task.model.init-from", "STAGE_1"),
+    "words_5_no_stage_1": (*LEARNED[5], "--task.model.init-from", "FUNNEL/base_student/model"),
     "stage_1": ("--task.tokens", "5", "--task.model.init-from", "STAGE_1"),
     "no_stage_1": ("--task.tokens", "5", "--task.model.init-from", "FUNNEL/base_student/model"),
 }
@@ -310,7 +310,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     )
     names += ("unseen: MixLM", "full text", "retrieval", *BARS.values())
     rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    whole = {(line["arm"], line["seed"]): line["ndcg@10"] for line in lines}
+    measured = {(line["arm"], line["seed"]): line["ndcg@10"] for line in lines}
     for arm in ARMS:
         mine = [line for line in lines if line["arm"] == arm]
         if not mine:
@@ -326,7 +326,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             return f"{np.mean(values):.4f}"
 
         beside = compared(arm)
-        pairs = [(x["ndcg@10"], whole.get((beside, x["seed"]))) for x in mine]
+        pairs = [(x["ndcg@10"], measured.get((beside, x["seed"]))) for x in mine]
         changes = [value - other for value, other in pairs if other is not None]
         change = "-" if arm == beside or not changes else f"{np.mean(changes):+.4f}"
         unseen = [average("unseen", key) for key in ("ndcg@10", "full_text", "retrieval", *BARS)]
@@ -366,7 +366,8 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         axes[0].axhline(lines[0]["full_text"], ls="--", color="grey", label="full text")
         axes[0].legend()
     axes[0].set(xlabel="embeddings per document (T_S)", ylabel="NDCG@10 (gain 2^g - 1)")
-    of_curve = [arm for arm in ARMS if arm.startswith("tokens_") or arm in ("words_1", "words_20")]
+    # What a curve shows stands there alone, but for the arms that others are a change of.
+    of_curve = {arm for curve in curves.values() for _, arm in curve} - {*map(compared, ARMS)}
     arms = [arm for arm in ARMS if arm not in of_curve and any(x["arm"] == arm for x in lines)]
     for place, arm in enumerate(arms):
         values = [line["ndcg@10"] for line in lines if line["arm"] == arm]

@@ -183,8 +183,8 @@ def _gathered(w: Array, letters: str, dtype: Any) -> Array:
 
 def _project(equation: str, summed_wide: bool, x: Array, w: Any) -> Array:
     inputs, weights, outputs = _letters(equation, x)
+    dtype = wide() if summed_wide else x.dtype
     if not hasattr(w, "qvalue"):
-        dtype = wide() if summed_wide else None
         return jnp.einsum(
             f"{inputs},{weights}->{outputs}", x, _gathered(w, weights, x.dtype), preferred_element_type=dtype
         )
@@ -198,13 +198,14 @@ def _project(equation: str, summed_wide: bool, x: Array, w: Any) -> Array:
     scale = w.scale.reshape(
         [size for size, letter in zip(w.scale.shape, weights, strict=True) if letter in outputs]
     )
-    return (summed * jnp.expand_dims(scale, tuple(range(summed.ndim - scale.ndim)))).astype(x.dtype)
+    return (summed * jnp.expand_dims(scale, tuple(range(summed.ndim - scale.ndim)))).astype(dtype)
 
 
 def project(equation: str, x: Array, w: Array, *, summed_wide: bool = False) -> Array:
     """A projection by an einsum such as "TD,DNH->TNH", in which T stands for all leading axes of x.
 
-    The weights are cast to x's dtype; their gradient is summed in fp32, whatever the compute dtype. With `summed_wide` so is the result.
+    The weights are cast to x's dtype; their gradient is summed in fp32, whatever the compute dtype. The result has x's dtype, or with
+    `summed_wide` is fp32 as well.
     """
     return _differentiable(equation, summed_wide, x, w)
 

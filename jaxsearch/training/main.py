@@ -49,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger, handler = logging.getLogger("jaxsearch"), logging.StreamHandler()
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-        logger.propagate = (
-            False  # to a root handler that a library may have put there: every line would stand twice
-        )
+        # A library may have put a handler at the root: every line would stand twice.
+        logger.propagate = False
         try:
             final = run(config, known.workdir)
         except Preempted as stopped:
